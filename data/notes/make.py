@@ -1,0 +1,231 @@
+"""Write the embedded task, bit for bit: criteria, demonstrations, labelled pairs, and a tiny model without weights.
+
+    python data/notes/make.py                # rewrites the files beside this one
+    python data/notes/make.py --out FOLDER   # writes them elsewhere
+
+The world: a query names a topic and up to three constraints; a note is about one topic, may give values for constraints,
+and may be promotion. `grades` below is the whole business logic, the same that criteria.md tells the model in words.
+
+The demonstrations come from a *generic annotator*: it reads facts well and writes fluently, but knows this business's
+rules only now and then (`ANNOTATOR`). A model fine-tuned on them reasons in the right form and grades wrongly; what is
+left to learn, when a rule applies, is in the labels alone. That is the gap that reinforcement learning has to close.
+
+LONGTAIL: topics, promotion words and combinations of rules that are rare in the demonstrations (`is_longtail`).
+"""
+
+import argparse
+import json
+import random
+from pathlib import Path
+
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen3Config
+
+SEED = 20260
+SIZES = {"sft": 5000, "train": 5000, "test_random": 500, "test_longtail": 500}
+
+CATEGORIES = {
+    "sport": ["skiing", "skating", "hiking", "surfing"],
+    "food": ["ramen", "sushi", "coffee", "baking"],
+    "beauty": ["skincare", "makeup", "perfume", "nails"],
+    "home": ["sofas", "curtains", "plants", "lamps"],
+    "travel": ["hotels", "hostels", "flights", "trains"],
+    "craft": ["knitting", "sewing", "pottery", "painting"],
+}
+RARE_TOPICS = {"surfing", "baking", "nails", "lamps", "trains", "painting"}
+CONSTRAINTS = {
+    "place": ["paris", "tokyo", "rome", "berlin", "lima", "oslo"],
+    "season": ["spring", "summer", "autumn", "winter"],
+    "audience": ["kids", "couples", "students", "parents", "seniors"],
+}
+PROMOTION = ["sponsored", "gifted", "affiliate"]
+RARE_PROMOTION = "affiliate"
+FILLER = (
+    "i we my our love loved tried today finally really so very best new favorite tips guide diary photos part two "
+    "this that with and for in the a week trip shop day little big happy"
+).split()
+
+# How often the generic annotator applies each rule. Facts (same, silent, sponsored, ...) it states correctly.
+ANNOTATOR = {"topic": 0.95, "silent": 0.30, "contradicted": 0.25, "promotion": 0.15}
+
+CRITERIA = r"""---
+labels: ["-1", "0", "1", "2", "3"]  # from worst to best
+relevant: ["2", "3"]
+steps: [topic, constraints, promotion]
+format: reason-first
+---
+You grade how well a note answers a query. Work in three steps and close every step with the grade so far as \boxed{grade}.
+Topic: the same topic gets 3, a related topic of the same category gets 1, any other topic gets -1.
+Constraints: a query can ask for a place, a season and an audience. Every constraint that the note is silent about costs
+one grade, but never below 0. A contradicted constraint caps the grade at 0. A grade of -1 stays.
+Promotion: a note that is sponsored, gifted or affiliate is capped at 1.
+The last grade is the answer.
+"""
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def draw_pair(rng, topic_weights):
+    """One query and one note as facts: topics, statuses of the constraints, promotion word, and the two texts."""
+    topics = [t for group in CATEGORIES.values() for t in group]
+    topic = rng.choices(topics, [topic_weights.get(t, 1.0) for t in topics])[0]
+    siblings = next([t for t in group if t != topic] for group in CATEGORIES.values() if topic in group)
+    relation = rng.choices(["same", "related", "other"], [0.66, 0.20, 0.14])[0]
+    others = [t for t in topics if t != topic and t not in siblings]
+    note_topic = {"same": topic, "related": rng.choice(siblings), "other": rng.choice(others)}[relation]
+
+    facts, asked, told = {}, [topic], [note_topic]
+    for name, values in CONSTRAINTS.items():
+        if rng.random() < 0.6:  # the query asks for it
+            want = rng.choice(values)
+            status = rng.choices(["match", "silent", "contradicted"], [0.50, 0.32, 0.18])[0]
+            have = {"match": want, "silent": "none"}.get(status) or rng.choice([v for v in values if v != want])
+            facts[name] = (want, have, status)
+            asked.append(want)
+        else:
+            facts[name] = ("any", rng.choice(values) if rng.random() < 0.3 else "none", "any")
+        if facts[name][1] != "none":
+            told.append(facts[name][1])
+    promotion = rng.choices(PROMOTION, [0.45, 0.45, 0.10])[0] if rng.random() < 0.45 else "none"
+    if promotion != "none":
+        told.append(promotion)
+    note = told + rng.choices(FILLER, k=rng.randint(8, 16))
+    rng.shuffle(asked)
+    rng.shuffle(note)
+    return {
+        "query": " ".join(asked),
+        "document": " ".join(note),
+        "topics": (topic, note_topic, relation),
+        "constraints": facts,
+        "promotion": promotion,
+    }
+
+
+def grades(pair, applies=lambda rule: True, rng=None):
+    """The grade after each of the three steps. `applies(rule)` says whether this reader applies the rule this time."""
+    grade = {"same": 3, "related": 1, "other": -1}[pair["topics"][2]]
+    if not applies("topic"):
+        grade = rng.choice([g for g in (3, 1, -1) if g != grade])
+    steps = [grade]
+    if grade >= 0:
+        statuses = [status for _, _, status in pair["constraints"].values()]
+        grade = max(0, grade - sum(applies("silent") for s in statuses if s == "silent"))
+        if "contradicted" in statuses and applies("contradicted"):
+            grade = 0
+    steps.append(grade)
+    if pair["promotion"] != "none" and applies("promotion"):
+        grade = min(grade, 1)
+    steps.append(grade)
+    return steps
+
+
+def write_response(pair, steps):
+    """The reasoning in words: facts in the order of the steps, each step closed by its grade."""
+    want, have, relation = pair["topics"]
+    topic = f"topic: query {want}, note {have}, {relation}"
+    parts = []
+    for name, (asked, told, status) in pair["constraints"].items():
+        parts.append(f"{name}: any." if status == "any" else f"{name}: {asked}, {told}, {status}.")
+    texts = [topic, " ".join(parts), f"promotion: {pair['promotion']}"]
+    return " ".join(f"{text} \\boxed{{{grade}}}" for text, grade in zip(texts, steps, strict=True))
+
+
+def is_longtail(pair):
+    """Rare in the demonstrations: a rare topic, a rare promotion word, or two business rules that bite in one pair."""
+    statuses = [status for _, _, status in pair["constraints"].values()]
+    rules = ("contradicted" in statuses) + (statuses.count("silent") >= 2) + (pair["promotion"] != "none")
+    related = pair["topics"][2] != "other"
+    return pair["topics"][0] in RARE_TOPICS or pair["promotion"] == RARE_PROMOTION or (related and rules >= 2)
+
+
+def make_records(rng):
+    """All four files' records; no (query, document) stands in two of them."""
+    seen, files = set(), {name: [] for name in SIZES}
+    rare = {topic: 0.15 for topic in RARE_TOPICS}
+
+    def fresh(keep, weights):
+        while True:
+            pair = draw_pair(rng, weights)
+            if keep(pair) and (pair["query"], pair["document"]) not in seen:
+                seen.add((pair["query"], pair["document"]))
+                return pair
+
+    for name in ("test_random", "test_longtail", "train"):
+        keep = is_longtail if name == "test_longtail" else lambda pair: True
+        for _ in range(SIZES[name]):
+            pair = fresh(keep, {} if name != "train" else {})
+            steps = [str(g) for g in grades(pair)]
+            record = {"query": pair["query"], "document": pair["document"], "label": steps[-1], "step_labels": steps}
+            files[name].append(record)
+    for _ in range(SIZES["sft"]):
+        # In the demonstrations the long tail is thinned out: kept one time in six.
+        pair = fresh(lambda p: not is_longtail(p) or rng.random() < 1 / 6, rare)
+        steps = grades(pair, lambda rule: rng.random() < ANNOTATOR[rule], rng)
+        response = write_response(pair, steps)
+        files["sft"].append({"query": pair["query"], "document": pair["document"], "response": response})
+    return files
+
+
+def make_tokenizer(texts):
+    """A word-level tokenizer over exactly the words of `texts`, with Qwen's chat markers as its special tokens."""
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<unk>"]
+    normalizer = normalizers.Lowercase()
+    splitter = pre_tokenizers.Split(Regex(r"\\boxed\{|-?\d+|\w+|[^\w\s]"), behavior="removed", invert=True)
+    words = {word for text in texts for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text))}
+    vocab = {word: i for i, word in enumerate(special + sorted(words))}
+    backend = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    backend.normalizer, backend.pre_tokenizer = normalizer, splitter
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        unk_token="<unk>",
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=["<|im_start|>"],
+        clean_up_tokenization_spaces=False,
+        model_max_length=512,
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def make_config(tokenizer):
+    """A Qwen3 of about 0.6 M parameters."""
+    return Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        architectures=["Qwen3ForCausalLM"],
+    )
+
+
+def make(out):
+    """Write the whole task folder into `out` (a pathlib.Path)."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "criteria.md").write_text(CRITERIA, encoding="utf-8")
+    for name, records in make_records(random.Random(SEED)).items():
+        lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        (out / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+    body = CRITERIA.split("---\n", 2)[2]
+    statuses = "match silent contradicted any none same related other system user assistant query document note"
+    words = [word for values in [*CATEGORIES.values(), *CONSTRAINTS.values(), PROMOTION, FILLER] for word in values]
+    tokenizer = make_tokenizer([body, statuses, "place season audience topic promotion : , . -1 0 1 2 3", " ".join(words)])
+    tokenizer.save_pretrained(out / "model")
+    make_config(tokenizer).save_pretrained(out / "model")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder to write (default: this one)")
+    make(parser.parse_args().out)

@@ -1,0 +1,465 @@
+"""Running the model so that every shared prefix is computed once: sampling and training.        (how is it run fast?)
+
+Relevance prompts share a long criteria text, and the G answers of a group share their whole prompt. A batch is a tree:
+
+    common prefix  ->  P prompts  ->  N answers
+
+Sampling prefills the prefix and each prompt once and decodes all answers against the shared keys; training packs the
+tree into one row of tokens without padding, so the linear layers see every token once. Both use one attention function,
+`attend`: a single softmax over the concatenated scores against ancestors and own tokens. It is registered with
+transformers' AttentionInterface under the name "tree" and runs decoder-only Hugging Face models unchanged.
+
+    use_tree_attention(model)                                    # once; refuses models that it cannot run
+    rollout = sample(model, prompts, group_size=8, max_new_tokens=64, eos_id=2, seed=0, step=7)
+    tree = Tree(prompts, rollout.answers(), device)              # the same answers, packed for training
+    hidden_AD = answer_hidden(model, tree)
+    logprobs_A, entropy_A = token_logprobs(hidden_AD, model.lm_head, tree.targets_A, temperature=1.0)
+    logprobs_NT = tree.to_rows(logprobs_A)
+
+This file needs torch, numpy and transformers only; copy it alone.
+
+Shapes: P prompts, G answers a prompt, N = P * G rows (answers), T answer positions, S packed tokens, A answer tokens,
+H attention heads, K key-value heads, R rows of one level, L positions of a row, E = H / K query heads for each
+key-value head, B blocks and C keys of a segment, D head size (for hidden states: model width), V vocabulary.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+
+# Attention over a tree ------------------------------------------------------------------------------------------------
+
+
+def attend(q_KRELD, segments, bias, scale):
+    """Attention of R rows of L queries over segments of keys, with one softmax over all segments together.
+
+    segments: pairs (k_KBCD, v_KBCD); B divides R, and each of the B blocks is shared by R / B consecutive rows without a
+    copy. bias: additive mask that broadcasts to [K, R, E, L, sum of C]; every query must see at least one key.
+    Returns [K, R, E, L, D] in q's dtype; the softmax is in float32.
+    """
+    K, R, E, L, D = q_KRELD.shape
+    scores = []
+    for k, _ in segments:
+        B, C = k.shape[1], k.shape[2]
+        scores.append((q_KRELD.reshape(K, B, -1, D) @ k.transpose(-1, -2)).view(K, R, E, L, C))
+    scores = torch.cat(scores, -1) * scale + bias
+    probs = torch.softmax(scores, -1, dtype=torch.float32).to(q_KRELD.dtype)
+    out, start = 0, 0
+    for _, v in segments:
+        B, C = v.shape[1], v.shape[2]
+        out = out + (probs[..., start : start + C].reshape(K, B, -1, C) @ v).view(K, R, E, L, D)
+        start += C
+    return out
+
+
+def tree_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, tree=None, **kwargs):
+    """What transformers' attention layers call. `tree` holds the layout (and, when sampling, the cache); it travels
+    through the model's forward as a keyword argument. query [1, H, S, D], key and value [1, K, S, D]."""
+    if tree is None:
+        raise ValueError("tree attention needs tree=...: call the model through rollout.sample or rollout.answer_hidden")
+    window = kwargs.get("sliding_window")
+    if dropout or kwargs.get("softcap") or kwargs.get("s_aux") is not None or (window and window < tree.max_position):
+        raise ValueError(f"{type(module).__name__}: dropout, soft-capping, sinks and a sliding window are not supported")
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    out_SHD = tree.attend(module.layer_idx, query[0], key[0], value[0], scale)
+    return out_SHD[None], None
+
+
+ALL_ATTENTION_FUNCTIONS.register("tree", tree_attention)
+
+
+def use_tree_attention(model):
+    """Switch a decoder-only Hugging Face model to tree attention; returns the model.
+
+    Raises ValueError, before any work, for architectures whose attention the tree does not compute.
+    """
+    config = model.config
+    name = type(model).__name__
+    for field in ("attn_logit_softcapping", "final_logit_softcapping"):
+        if getattr(config, field, None):
+            raise ValueError(f"{name}: config.{field} is set; soft-capped logits are not supported")
+    if "sliding_attention" in (getattr(config, "layer_types", None) or []):
+        raise ValueError(f"{name}: sliding-window attention is not supported; use a model with full attention")
+    if not getattr(model, "_supports_attention_backend", False) or not hasattr(model.base_model, "layers"):
+        raise ValueError(f"{name}: its attention cannot be replaced through transformers' AttentionInterface")
+    model.set_attn_implementation("tree")
+    return model
+
+
+def common_prefix_length(prompts):
+    """Length of the longest common token prefix, leaving every prompt at least one token of its own."""
+    first, last = min(prompts), max(prompts)  # the two that differ earliest in lexicographic order
+    limit = min(map(len, prompts)) - 1
+    return next((i for i in range(limit) if first[i] != last[i]), limit)
+
+
+def _causal_bias(seen, length, device):
+    """[length, seen + length]: all of the `seen` shared keys and, causally, the row's own tokens."""
+    return torch.full((length, seen + length), float("-inf"), device=device).triu(seen + 1)
+
+
+def _padding_bias(lengths_B, width):
+    """[B, width]: 0 for the first lengths_B[b] keys of block b, -inf behind them."""
+    hidden = torch.arange(width, device=lengths_B.device) >= lengths_B[:, None]
+    return torch.zeros(hidden.shape, device=hidden.device).masked_fill(hidden, float("-inf"))
+
+
+def _check_prompts(prompts):
+    if not prompts or not all(len(p) for p in prompts):
+        raise ValueError("every prompt needs at least one token; got an empty prompt or no prompts")
+
+
+# Training: the packed tree --------------------------------------------------------------------------------------------
+
+
+class Tree:
+    """The packed layout of one batch for training: the common prefix, the prompts, their answers, in one row [1, S].
+
+    prompts: P lists of token ids. answers: for each prompt the list of its answers, each a list of at least one id.
+    A prompt with a single answer is packed together with it as one row of the prompt level.
+    Attributes: input_ids and position_ids [1, S]; targets_A, the answer tokens row by row; predict_A, for each the packed
+    position whose hidden state predicts it; lengths_N.
+    """
+
+    def __init__(self, prompts, answers, device="cpu"):
+        _check_prompts(prompts)
+        if len(answers) != len(prompts) or not all(group and all(len(a) for a in group) for group in answers):
+            raise ValueError("every prompt needs a list of answers, each with at least one token")
+        C = common_prefix_length(prompts)
+        ids, positions = list(prompts[0][:C]), list(range(C))
+        prompt_rows, shared_rows, answer_rows, predict, targets = [], [], [], [], []
+
+        def add(tokens, position):
+            start = len(ids)
+            ids.extend(tokens)
+            positions.extend(range(position, position + len(tokens)))
+            return range(start, len(ids))
+
+        group = max(map(len, answers))
+        for prompt, prompt_answers in zip(prompts, answers, strict=True):
+            single = len(prompt_answers) == 1
+            row = add(list(prompt[C:]) + (list(prompt_answers[0][:-1]) if single else []), C)
+            prompt_rows.append(row)
+            last = row[len(prompt) - C - 1]
+            if not single:
+                shared_rows.append(row)
+                answer_rows += [range(0)] * (group - len(prompt_answers))  # so that all groups have the same size
+            for answer in prompt_answers:
+                # The last token is only predicted, never fed; the first is predicted by the prompt's last token.
+                own = range(last + 1, last + len(answer)) if single else add(answer[:-1], len(prompt))
+                if not single:
+                    answer_rows.append(own)
+                predict += [last, *own]
+                targets += answer
+        self.prefix, self.max_position = C, max(positions) + 1
+        as_tensor = lambda values: torch.tensor(values, dtype=torch.long, device=device)  # noqa: E731
+        self.input_ids, self.position_ids = as_tensor(ids)[None], as_tensor(positions)[None]
+        self.predict_A, self.targets_A = as_tensor(predict), as_tensor(targets)
+        self._index_rows([len(a) for g in answers for a in g], as_tensor)
+        self._index_levels(prompt_rows, shared_rows, answer_rows, len(ids), as_tensor)
+
+    def _index_rows(self, lengths, as_tensor):
+        width = max(lengths)
+        self.lengths_N = as_tensor(lengths)
+        self._cells_A = as_tensor([n * width + t for n, length in enumerate(lengths) for t in range(length)])
+
+    def _index_levels(self, prompt_rows, shared_rows, answer_rows, size, as_tensor):
+        """Padded index tables of the two lower levels, and `unpack_S`: where each packed token's output will stand."""
+        def padded(rows):
+            width = max(map(len, rows), default=0)
+            return as_tensor([[*row] + [0] * (width - len(row)) for row in rows]) if width else None
+
+        self.prompts_RL, self.shared_RL, self.answers_RL = map(padded, (prompt_rows, shared_rows, answer_rows))
+        place, offset = [*range(self.prefix)] + [0] * (size - self.prefix), self.prefix
+        for rows, table in ((prompt_rows, self.prompts_RL), (answer_rows, self.answers_RL)):
+            if table is not None:
+                for r, row in enumerate(rows):
+                    at = offset + r * table.shape[1]
+                    place[row.start : row.stop] = range(at, at + len(row))
+                offset += table.numel()
+        self.unpack_S = as_tensor(place)
+        device = self.unpack_S.device
+        self.prompts_bias = _causal_bias(self.prefix, self.prompts_RL.shape[1], device)
+        if self.answers_RL is not None:
+            (R, L), (B, C) = self.answers_RL.shape, self.shared_RL.shape
+            shared = _padding_bias(as_tensor([len(row) for row in shared_rows]), C).repeat_interleave(R // B, 0)
+            own = _causal_bias(0, L, device).expand(R, -1, -1)
+            bias = torch.cat([own.new_zeros(R, L, self.prefix), shared[:, None].expand(-1, L, -1), own], -1)
+            self.answers_bias = bias[None, :, None]
+
+    def attend(self, layer, q_HSD, k_KSD, v_KSD, scale):
+        """Attention of all packed tokens at once; returns [S, H, D]."""
+        H, _, D = q_HSD.shape
+        K, C = k_KSD.shape[0], self.prefix
+        prefix = (k_KSD[:, None, :C], v_KSD[:, None, :C])
+
+        def rows(x_KSD, table):
+            return x_KSD.index_select(1, table.flatten()).view(K, *table.shape, D)
+
+        def level(table, ancestors, bias):
+            R, L = table.shape
+            q_KRELD = q_HSD.index_select(1, table.flatten()).view(K, H // K, R, L, D).transpose(1, 2)
+            out = attend(q_KRELD, [*ancestors, (rows(k_KSD, table), rows(v_KSD, table))], bias, scale)
+            return out.permute(1, 3, 0, 2, 4).reshape(R * L, H, D)
+
+        outs = []
+        if C:
+            first = F.scaled_dot_product_attention(
+                q_HSD[None, :, :C], k_KSD[None, :, :C], v_KSD[None, :, :C], is_causal=True, scale=scale, enable_gqa=True
+            )
+            outs.append(first[0].transpose(0, 1))
+        outs.append(level(self.prompts_RL, [prefix], self.prompts_bias))
+        if self.answers_RL is not None:
+            shared = (rows(k_KSD, self.shared_RL), rows(v_KSD, self.shared_RL))
+            outs.append(level(self.answers_RL, [prefix, shared], self.answers_bias))
+        return torch.cat(outs).index_select(0, self.unpack_S)
+
+    def to_rows(self, values_A):
+        """Unpack per-token values [A] to [N, T], zeros behind each row's end. Differentiable."""
+        N, T = len(self.lengths_N), int(self.lengths_N.max())
+        return values_A.new_zeros(N * T).index_copy(0, self._cells_A, values_A).view(N, T)
+
+    def pack(self, values_NT):
+        """The inverse of `to_rows`: [N, T] to [A]."""
+        return values_NT.flatten()[self._cells_A]
+
+
+def answer_hidden(model, tree):
+    """Hidden states [A, D] that predict the answer tokens, from one forward over the packed tree, with exact gradients."""
+    out = model.base_model(input_ids=tree.input_ids, position_ids=tree.position_ids, tree=tree, use_cache=False)
+    return out.last_hidden_state[0].index_select(0, tree.predict_A)
+
+
+def token_logprobs(hidden_AD, head, targets_A, temperature=1.0, chunk=1024):
+    """Log-probabilities and entropies of the target tokens under softmax(head(hidden) / temperature), both float32 [A].
+
+    Runs in chunks of `chunk` positions that are computed again in the backward pass, so [A, vocabulary] never exists.
+    The entropies carry no gradient; they are a statistic.
+    """
+    def one_chunk(hidden, targets):
+        logps = torch.log_softmax(head(hidden).float() / temperature, -1)
+        with torch.no_grad():
+            entropy = -(logps.exp() * logps).sum(-1)
+        return logps.gather(-1, targets[:, None])[:, 0], entropy
+
+    parts = [
+        checkpoint(one_chunk, hidden, targets, use_reentrant=False)
+        for hidden, targets in zip(hidden_AD.split(chunk), targets_A.split(chunk), strict=True)
+    ]
+    return tuple(torch.cat(values) for values in zip(*parts, strict=True))
+
+
+# Sampling -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Rollout:
+    """Sampled answers, prompt by prompt: row p * group_size + g is answer g of prompt p.
+
+    ids_NT: int64, zeros behind the end; lengths_N: tokens of each answer, EOS counted; logprobs_NT: float32, of each token
+    under the distribution it was drawn from; ended_N: whether the answer ended by itself (False: cut at max_new_tokens).
+    """
+
+    ids_NT: torch.Tensor
+    lengths_N: torch.Tensor
+    logprobs_NT: torch.Tensor
+    ended_N: torch.Tensor
+    group_size: int
+
+    def answers(self):
+        """The answers as lists of ids, one list of `group_size` answers per prompt, EOS included."""
+        rows = [row[:n] for row, n in zip(self.ids_NT.tolist(), self.lengths_N.tolist(), strict=True)]
+        return [rows[i : i + self.group_size] for i in range(0, len(rows), self.group_size)]
+
+
+def uniforms(seed, step, rows, width):
+    """The table [rows, width] of float64 uniforms from which tokens are drawn. A row depends on (seed, step, row) alone."""
+    return np.stack([np.random.default_rng([seed, step, row]).random(width) for row in rows])
+
+
+def choose_tokens(logits_RV, uniforms_R, temperature):
+    """Draw one token a row as the inverse CDF at its uniform; returns ids [R] and float32 log-probabilities [R].
+
+    temperature 0 takes the most probable token; its log-probability is then that at temperature 1.
+    """
+    logps_RV = torch.log_softmax(logits_RV.float() / (temperature or 1.0), -1)
+    if temperature == 0:
+        ids_R = logps_RV.argmax(-1)
+    else:
+        cdf_RV = logps_RV.exp().double().cumsum(-1)
+        # Scaling by the last value instead of 1 keeps the draw inside the vocabulary whatever the rounding.
+        ids_R = torch.searchsorted(cdf_RV, (uniforms_R * cdf_RV[:, -1])[:, None], right=True)[:, 0]
+        ids_R = ids_R.clamp(max=logits_RV.shape[-1] - 1)
+    return ids_R, logps_RV.gather(-1, ids_R[:, None])[:, 0]
+
+
+class _Prefill:
+    """Layout of a prefill: R rows packed in one [1, S], each seeing `ancestors` and, causally, itself; keeps their keys."""
+
+    def __init__(self, rows, start, ancestors, device):
+        as_tensor = lambda values: torch.tensor(values, dtype=torch.long, device=device)  # noqa: E731
+        lengths, width = [len(row) for row in rows], max(map(len, rows))
+        starts = np.cumsum([0, *lengths])[:-1].tolist()
+        self.ancestors, self.keys_values = ancestors, []
+        self.input_ids = as_tensor([token for row in rows for token in row])[None]
+        self.position_ids = as_tensor([start + i for length in lengths for i in range(length)])[None]
+        self.max_position = start + width
+        self.lengths_R, self.last_R = as_tensor(lengths), as_tensor([s + n - 1 for s, n in zip(starts, lengths, strict=True)])
+        self.table_RL = as_tensor([[*range(s, s + n)] + [s] * (width - n) for s, n in zip(starts, lengths, strict=True)])
+        self.cells_S = as_tensor([r * width + i for r, length in enumerate(lengths) for i in range(length)])
+        self.bias = _causal_bias(start, width, device)
+
+    def attend(self, layer, q_HSD, k_KSD, v_KSD, scale):
+        (H, _, D), (R, L) = q_HSD.shape, self.table_RL.shape
+        K = k_KSD.shape[0]
+        index = self.table_RL.flatten()
+        keys = k_KSD.index_select(1, index).view(K, R, L, D)
+        values = v_KSD.index_select(1, index).view(K, R, L, D)
+        self.keys_values.append((keys, values))
+        q_KRELD = q_HSD.index_select(1, index).view(K, H // K, R, L, D).transpose(1, 2)
+        segments = [*self.ancestors[layer : layer + 1], (keys, values)]
+        out = attend(q_KRELD, segments, self.bias, scale)
+        return out.permute(1, 3, 0, 2, 4).reshape(R * L, H, D).index_select(0, self.cells_S)
+
+
+class _Decode:
+    """Layout and cache of decoding: slots for groups, each with its prompt's keys and those of its G answers."""
+
+    def __init__(self, prefix_cache, prefix, slots, group_size, prompt_width, answer_width, device):
+        self.prefix_cache, self.prefix, self.device = prefix_cache, prefix, device
+        self.group_size, self.prompt_width, self.answer_width = group_size, prompt_width, answer_width
+        self.slots, self.buffers, self.max_position = slots, [], prefix + prompt_width + answer_width
+        self.prompt_bias_PC = torch.full((slots, prompt_width), float("-inf"), device=device)
+
+    def store_prompts(self, slots_P, prefill):
+        """Write the prefilled prompts' keys and values into the given group slots."""
+        if not self.buffers:
+            for keys, _ in prefill.keys_values:
+                K, _, _, D = keys.shape
+                prompt_shape = (K, self.slots, self.prompt_width, D)
+                answer_shape = (K, self.slots * self.group_size, self.answer_width, D)
+                self.buffers.append([keys.new_zeros(s) for s in (prompt_shape, prompt_shape, answer_shape, answer_shape)])
+        width = prefill.table_RL.shape[1]
+        for (keys, values), (prompt_k, prompt_v, _, _) in zip(prefill.keys_values, self.buffers, strict=True):
+            prompt_k[:, slots_P, :width] = keys
+            prompt_v[:, slots_P, :width] = values
+        self.prompt_bias_PC[slots_P] = _padding_bias(prefill.lengths_R, self.prompt_width)
+
+    def prepare(self, rows_A, written_A):
+        """Set the rows that take part in the next step and how many answer tokens each has in the cache already."""
+        self.rows_A, self.written_A, self.seen = rows_A, written_A, int(written_A.max()) + 1
+        lengths_N = torch.ones(self.slots * self.group_size, dtype=torch.long, device=self.device)
+        lengths_N[rows_A] = written_A + 1
+        bias = [self.prompt_bias_PC.repeat_interleave(self.group_size, 0), _padding_bias(lengths_N, self.seen)]
+        if self.prefix:
+            bias.insert(0, bias[0].new_zeros(len(lengths_N), self.prefix))
+        self.bias = torch.cat(bias, -1)[None, :, None, None]
+
+    def attend(self, layer, q_HAD, k_KAD, v_KAD, scale):
+        """One new token for each active row: its key and value enter the cache, its query sees prefix, prompt, answer."""
+        (H, A, D), K = q_HAD.shape, k_KAD.shape[0]
+        prompt_k, prompt_v, answer_k, answer_v = self.buffers[layer]
+        answer_k[:, self.rows_A, self.written_A] = k_KAD
+        answer_v[:, self.rows_A, self.written_A] = v_KAD
+        q_KAED = q_HAD.view(K, H // K, A, D).transpose(1, 2)
+        q_KNED = q_KAED.new_zeros(K, answer_k.shape[1], H // K, D).index_copy(1, self.rows_A, q_KAED)
+        segments = [*self.prefix_cache[layer : layer + 1], (prompt_k, prompt_v)]
+        segments.append((answer_k[:, :, : self.seen], answer_v[:, :, : self.seen]))
+        out_KNED = attend(q_KNED[:, :, :, None], segments, self.bias, scale)[:, :, :, 0]
+        return out_KNED.index_select(1, self.rows_A).permute(1, 0, 2, 3).reshape(A, H, D)
+
+
+def _forward(model, input_ids, position_ids, layout):
+    """Hidden states [S, D] of one packed row under a layout."""
+    out = model.base_model(input_ids=input_ids, position_ids=position_ids, tree=layout, use_cache=False)
+    return out.last_hidden_state[0]
+
+
+def _check_sample(model, prompts, group_size, max_new_tokens, eos_id):
+    _check_prompts(prompts)
+    if group_size < 1 or max_new_tokens < 1:
+        raise ValueError(f"group_size ({group_size}) and max_new_tokens ({max_new_tokens}) must be at least 1")
+    if eos_id is None:
+        raise ValueError("eos_id is missing: without an end-of-sequence token no answer can end")
+    if model.training and any(isinstance(m, torch.nn.Dropout) and m.p for m in model.modules()):
+        raise ValueError("the model is in train mode with dropout; call model.eval() before sampling")
+    longest, context = max(map(len, prompts)) + max_new_tokens, model.config.max_position_embeddings
+    if longest > context:
+        raise ValueError(f"the longest prompt and answer need {longest} tokens, the model's context has {context}")
+    if model.config._attn_implementation != "tree":
+        raise ValueError("call rollout.use_tree_attention(model) first")
+
+
+@torch.no_grad()
+def sample(model, prompts, *, group_size=1, max_new_tokens, eos_id, temperature=1.0, seed=0, step=0, first_row=0,
+           max_rows=256, progress=None):
+    """Sample `group_size` answers to each prompt (lists of token ids); returns a Rollout.
+
+    temperature 0 is greedy. Row n draws from uniforms of (seed, step, first_row + n), so its answer does not depend on
+    who shares its batch, beyond rounding. At most max_rows rows decode at a time; a group that has finished gives its
+    place to a waiting prompt. progress(tokens) is called after each step with the number of tokens drawn.
+    Raises ValueError for empty prompts, budgets that fit nothing, a missing eos_id, dropout, or too long a prompt.
+    """
+    _check_sample(model, prompts, group_size, max_new_tokens, eos_id)
+    if group_size > max_rows:
+        raise ValueError(f"max_rows ({max_rows}) must hold at least one group of {group_size}")
+    device, G, N = model.device, group_size, len(prompts) * group_size
+    draws = uniforms(seed, step, range(first_row, first_row + N), max_new_tokens) if temperature else np.zeros((N, 1))
+    draws_NT = torch.from_numpy(draws).to(device).expand(N, max_new_tokens)
+    ids_NT = torch.zeros(N, max_new_tokens, dtype=torch.long, device=device)
+    logprobs_NT = torch.zeros(N, max_new_tokens, device=device)
+    lengths_N, ended_N = torch.zeros_like(ids_NT[:, 0]), torch.zeros(N, dtype=torch.bool, device=device)
+
+    C = common_prefix_length(prompts)
+    prefix_cache = []
+    if C:
+        prefill = _Prefill([prompts[0][:C]], 0, [], device)
+        _forward(model, prefill.input_ids, prefill.position_ids, prefill)
+        prefix_cache = prefill.keys_values
+    slots = min(len(prompts), max_rows // G)
+    width = max(map(len, prompts)) - C
+    decode = _Decode(prefix_cache, C, slots, G, width, max_new_tokens, device)
+
+    row_of_place_N = torch.zeros(slots * G, dtype=torch.long, device=device)  # which output row a place works on
+    prompt_length_N = torch.zeros_like(row_of_place_N)
+    active = torch.zeros(slots * G, dtype=torch.bool, device=device)
+    waiting = 0  # the next prompt to be admitted
+
+    def draw(places_A, hidden_AD):
+        """Draw the next token of each place and end the rows that are done."""
+        rows = row_of_place_N[places_A]
+        at = lengths_N[rows]
+        ids, logps = choose_tokens(model.lm_head(hidden_AD), draws_NT[rows, at], temperature)
+        ids_NT[rows, at], logprobs_NT[rows, at] = ids, logps
+        lengths_N[rows] = at + 1
+        ended_N[rows] = ids == eos_id
+        active[places_A] = (ids != eos_id) & (at + 1 < max_new_tokens)
+        if progress is not None:
+            progress(len(ids))
+
+    while waiting < len(prompts) or bool(active.any()):
+        free = (~active.view(slots, G).any(1)).nonzero()[:, 0]
+        if waiting < len(prompts) and len(free) and (4 * len(free) >= slots or not bool(active.any())):
+            slots_P = free[: len(prompts) - waiting]
+            chosen = range(waiting, waiting + len(slots_P))
+            prefill = _Prefill([prompts[p][C:] for p in chosen], C, prefix_cache, device)
+            hidden = _forward(model, prefill.input_ids, prefill.position_ids, prefill)[prefill.last_R]
+            decode.store_prompts(slots_P, prefill)
+            places = (slots_P[:, None] * G + torch.arange(G, device=device)).flatten()
+            row_of_place_N[places] = torch.arange(chosen.start * G, chosen.stop * G, device=device)
+            prompt_length_N[places] = (C + prefill.lengths_R).repeat_interleave(G)
+            waiting = chosen.stop
+            draw(places, hidden.repeat_interleave(G, 0))
+            continue
+        places = active.nonzero()[:, 0]
+        rows = row_of_place_N[places]
+        written = lengths_N[rows] - 1
+        decode.prepare(places, written)
+        position_ids = (prompt_length_N[places] + written)[None]
+        draw(places, _forward(model, ids_NT[rows, written][None], position_ids, decode))
+    return Rollout(ids_NT, lengths_N, logprobs_NT, ended_N, group_size)
