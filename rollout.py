@@ -35,26 +35,80 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 # Attention over a tree ------------------------------------------------------------------------------------------------
 
 
-def attend(q_KRELD, segments, bias, scale):
+def attend(q_KRELD, segments, scale):
     """Attention of R rows of L queries over segments of keys, with one softmax over all segments together.
 
-    segments: pairs (k_KBCD, v_KBCD); B divides R, and each of the B blocks is shared by R / B consecutive rows without a
-    copy. bias: additive mask that broadcasts to [K, R, E, L, sum of C]; every query must see at least one key.
-    Returns [K, R, E, L, D] in q's dtype; the softmax is in float32.
+    segments: triples (k_KBCD, v_KBCD, mask); B divides R, and each of the B blocks is shared by R / B consecutive rows,
+    without a copy. mask: None (all visible); an additive mask [1, B, 1, C]; or "causal" (own tokens: B = R, C = L).
+    Every query must see at least one key. Returns [K, R, E, L, D] in q's dtype; the softmax is in float32.
     """
     K, R, E, L, D = q_KRELD.shape
-    scores = []
-    for k, _ in segments:
+    if L > 1 and q_KRELD.device.type == "cpu":
+        masks, keys_values = [mask for *_, mask in segments], [x for k, v, _ in segments for x in (k, v)]
+        return _FusedAttend.apply(q_KRELD, scale, masks, *keys_values)
+    q_KRELD, scores = q_KRELD * scale, []
+    for k, _, mask in segments:
         B, C = k.shape[1], k.shape[2]
-        scores.append((q_KRELD.reshape(K, B, -1, D) @ k.transpose(-1, -2)).view(K, R, E, L, C))
-    scores = torch.cat(scores, -1) * scale + bias
-    probs = torch.softmax(scores, -1, dtype=torch.float32).to(q_KRELD.dtype)
-    out, start = 0, 0
-    for _, v in segments:
-        B, C = v.shape[1], v.shape[2]
-        out = out + (probs[..., start : start + C].reshape(K, B, -1, C) @ v).view(K, R, E, L, D)
-        start += C
+        segment = q_KRELD.reshape(K, B, -1, D) @ k.transpose(-1, -2)
+        if isinstance(mask, torch.Tensor):
+            segment = segment + mask
+        segment = segment.view(K, R, E, L, C)
+        if mask == "causal":
+            segment = segment + torch.full((L, L), float("-inf"), device=k.device).triu(1)
+        scores.append(segment)
+    probs = torch.softmax(torch.cat(scores, -1), -1, dtype=torch.float32).to(q_KRELD.dtype)
+    out = 0
+    for (_, v, _), weights in zip(segments, probs.split([k.shape[2] for k, _, _ in segments], -1), strict=True):
+        out = out + (weights.reshape(K, v.shape[1], -1, v.shape[2]) @ v).view(K, R, E, L, D)
     return out
+
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+class _FusedAttend(torch.autograd.Function):
+    """`attend` on CPU for rows of several queries: a fused kernel for each segment, merged through the log-sum-exp.
+
+    Scores are never stored. With lse over all segments, a segment's part of the probabilities is exp(score - lse), so the
+    kernel's backward, given the merged output and lse, returns exactly this segment's gradients (as in ring attention).
+    """
+
+    @staticmethod
+    def _views(mask, k, v, queries):
+        """A segment as the kernel takes it: tensors [batch, heads, ...] of queries, k, v, and the mask arguments."""
+        K, R, E, L = queries[0].shape[:4]
+        B, C = k.shape[1:3]
+        if isinstance(mask, str):  # own keys: every query head of a row is a head for itself
+            return [x.reshape(K, R * E, L, *x.shape[4:]) for x in queries], *(x.repeat_interleave(E, 1) for x in (k, v)), True, None
+        if mask is not None:
+            mask = mask.to(k.dtype).expand(K, B, R // B * E * L, C)
+        return [x.reshape(K, B, R // B * E * L, *x.shape[4:]) for x in queries], k, v, False, mask
+
+    @classmethod
+    def forward(cls, ctx, q, scale, masks, *keys_values):
+        outs, lses = [], []
+        for mask, k, v in zip(masks, keys_values[::2], keys_values[1::2], strict=True):
+            (queries,), k, v, causal, mask = cls._views(mask, k, v, [q])
+            out, lse = _flash(queries, k, v, 0.0, causal, attn_mask=mask, scale=scale)
+            outs.append(out.reshape(q.shape))
+            lses.append(lse.reshape(q.shape[:-1]))
+        lse = torch.logsumexp(torch.stack(lses), 0)
+        out = sum(out * (part - lse).exp()[..., None].to(q.dtype) for out, part in zip(outs, lses, strict=True))
+        ctx.save_for_backward(q, out, lse, *keys_values)
+        ctx.scale, ctx.masks = scale, masks
+        return out
+
+    @classmethod
+    def backward(cls, ctx, grad):
+        q, out, lse, *keys_values = ctx.saved_tensors
+        grad_q, grads = 0, []
+        for mask, k, v in zip(ctx.masks, keys_values[::2], keys_values[1::2], strict=True):
+            (g, queries, o, l), keys, values, causal, mask = cls._views(mask, k, v, [grad, q, out, lse])
+            dq, dk, dv = _flash_backward(g, queries, keys, values, o, l, 0.0, causal, attn_mask=mask, scale=ctx.scale)
+            grad_q = grad_q + dq.reshape(q.shape)
+            grads += [d.unflatten(1, (k.shape[1], -1)).sum(2) for d in (dk, dv)]  # over the heads that share a key
+        return grad_q, None, None, *grads
 
 
 def tree_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, tree=None, **kwargs):
@@ -98,15 +152,10 @@ def common_prefix_length(prompts):
     return next((i for i in range(limit) if first[i] != last[i]), limit)
 
 
-def _causal_bias(seen, length, device):
-    """[length, seen + length]: all of the `seen` shared keys and, causally, the row's own tokens."""
-    return torch.full((length, seen + length), float("-inf"), device=device).triu(seen + 1)
-
-
-def _padding_bias(lengths_B, width):
-    """[B, width]: 0 for the first lengths_B[b] keys of block b, -inf behind them."""
+def _padding_mask(lengths_B, width):
+    """Additive mask [1, B, 1, width]: 0 for the first lengths_B[b] keys of block b, -inf behind them."""
     hidden = torch.arange(width, device=lengths_B.device) >= lengths_B[:, None]
-    return torch.zeros(hidden.shape, device=hidden.device).masked_fill(hidden, float("-inf"))
+    return torch.zeros(hidden.shape, device=hidden.device).masked_fill(hidden, float("-inf"))[None, :, None]
 
 
 def _check_prompts(prompts):
@@ -183,28 +232,22 @@ class Tree:
                     place[row.start : row.stop] = range(at, at + len(row))
                 offset += table.numel()
         self.unpack_S = as_tensor(place)
-        device = self.unpack_S.device
-        self.prompts_bias = _causal_bias(self.prefix, self.prompts_RL.shape[1], device)
-        if self.answers_RL is not None:
-            (R, L), (B, C) = self.answers_RL.shape, self.shared_RL.shape
-            shared = _padding_bias(as_tensor([len(row) for row in shared_rows]), C).repeat_interleave(R // B, 0)
-            own = _causal_bias(0, L, device).expand(R, -1, -1)
-            bias = torch.cat([own.new_zeros(R, L, self.prefix), shared[:, None].expand(-1, L, -1), own], -1)
-            self.answers_bias = bias[None, :, None]
+        if shared_rows:
+            self.shared_mask = _padding_mask(as_tensor([len(row) for row in shared_rows]), self.shared_RL.shape[1])
 
     def attend(self, layer, q_HSD, k_KSD, v_KSD, scale):
         """Attention of all packed tokens at once; returns [S, H, D]."""
         H, _, D = q_HSD.shape
         K, C = k_KSD.shape[0], self.prefix
-        prefix = (k_KSD[:, None, :C], v_KSD[:, None, :C])
+        prefix = [(k_KSD[:, None, :C], v_KSD[:, None, :C], None)] if C else []
 
         def rows(x_KSD, table):
             return x_KSD.index_select(1, table.flatten()).view(K, *table.shape, D)
 
-        def level(table, ancestors, bias):
+        def level(table, ancestors):
             R, L = table.shape
             q_KRELD = q_HSD.index_select(1, table.flatten()).view(K, H // K, R, L, D).transpose(1, 2)
-            out = attend(q_KRELD, [*ancestors, (rows(k_KSD, table), rows(v_KSD, table))], bias, scale)
+            out = attend(q_KRELD, [*ancestors, (rows(k_KSD, table), rows(v_KSD, table), "causal")], scale)
             return out.permute(1, 3, 0, 2, 4).reshape(R * L, H, D)
 
         outs = []
@@ -213,10 +256,10 @@ class Tree:
                 q_HSD[None, :, :C], k_KSD[None, :, :C], v_KSD[None, :, :C], is_causal=True, scale=scale, enable_gqa=True
             )
             outs.append(first[0].transpose(0, 1))
-        outs.append(level(self.prompts_RL, [prefix], self.prompts_bias))
+        outs.append(level(self.prompts_RL, prefix))
         if self.answers_RL is not None:
-            shared = (rows(k_KSD, self.shared_RL), rows(v_KSD, self.shared_RL))
-            outs.append(level(self.answers_RL, [prefix, shared], self.answers_bias))
+            shared = (rows(k_KSD, self.shared_RL), rows(v_KSD, self.shared_RL), self.shared_mask)
+            outs.append(level(self.answers_RL, [*prefix, shared]))
         return torch.cat(outs).index_select(0, self.unpack_S)
 
     def to_rows(self, values_A):
@@ -312,7 +355,6 @@ class _Prefill:
         self.lengths_R, self.last_R = as_tensor(lengths), as_tensor([s + n - 1 for s, n in zip(starts, lengths, strict=True)])
         self.table_RL = as_tensor([[*range(s, s + n)] + [s] * (width - n) for s, n in zip(starts, lengths, strict=True)])
         self.cells_S = as_tensor([r * width + i for r, length in enumerate(lengths) for i in range(length)])
-        self.bias = _causal_bias(start, width, device)
 
     def attend(self, layer, q_HSD, k_KSD, v_KSD, scale):
         (H, _, D), (R, L) = q_HSD.shape, self.table_RL.shape
@@ -322,8 +364,8 @@ class _Prefill:
         values = v_KSD.index_select(1, index).view(K, R, L, D)
         self.keys_values.append((keys, values))
         q_KRELD = q_HSD.index_select(1, index).view(K, H // K, R, L, D).transpose(1, 2)
-        segments = [*self.ancestors[layer : layer + 1], (keys, values)]
-        out = attend(q_KRELD, segments, self.bias, scale)
+        segments = [(*pair, None) for pair in self.ancestors[layer : layer + 1]] + [(keys, values, "causal")]
+        out = attend(q_KRELD, segments, scale)
         return out.permute(1, 3, 0, 2, 4).reshape(R * L, H, D).index_select(0, self.cells_S)
 
 
@@ -334,7 +376,7 @@ class _Decode:
         self.prefix_cache, self.prefix, self.device = prefix_cache, prefix, device
         self.group_size, self.prompt_width, self.answer_width = group_size, prompt_width, answer_width
         self.slots, self.buffers, self.max_position = slots, [], prefix + prompt_width + answer_width
-        self.prompt_bias_PC = torch.full((slots, prompt_width), float("-inf"), device=device)
+        self.prompt_mask = torch.full((1, slots, 1, prompt_width), float("-inf"), device=device)
 
     def store_prompts(self, slots_P, prefill):
         """Write the prefilled prompts' keys and values into the given group slots."""
@@ -348,17 +390,14 @@ class _Decode:
         for (keys, values), (prompt_k, prompt_v, _, _) in zip(prefill.keys_values, self.buffers, strict=True):
             prompt_k[:, slots_P, :width] = keys
             prompt_v[:, slots_P, :width] = values
-        self.prompt_bias_PC[slots_P] = _padding_bias(prefill.lengths_R, self.prompt_width)
+        self.prompt_mask[:, slots_P] = _padding_mask(prefill.lengths_R, self.prompt_width)
 
     def prepare(self, rows_A, written_A):
         """Set the rows that take part in the next step and how many answer tokens each has in the cache already."""
         self.rows_A, self.written_A, self.seen = rows_A, written_A, int(written_A.max()) + 1
         lengths_N = torch.ones(self.slots * self.group_size, dtype=torch.long, device=self.device)
         lengths_N[rows_A] = written_A + 1
-        bias = [self.prompt_bias_PC.repeat_interleave(self.group_size, 0), _padding_bias(lengths_N, self.seen)]
-        if self.prefix:
-            bias.insert(0, bias[0].new_zeros(len(lengths_N), self.prefix))
-        self.bias = torch.cat(bias, -1)[None, :, None, None]
+        self.answer_mask = _padding_mask(lengths_N, self.seen)
 
     def attend(self, layer, q_HAD, k_KAD, v_KAD, scale):
         """One new token for each active row: its key and value enter the cache, its query sees prefix, prompt, answer."""
@@ -368,9 +407,10 @@ class _Decode:
         answer_v[:, self.rows_A, self.written_A] = v_KAD
         q_KAED = q_HAD.view(K, H // K, A, D).transpose(1, 2)
         q_KNED = q_KAED.new_zeros(K, answer_k.shape[1], H // K, D).index_copy(1, self.rows_A, q_KAED)
-        segments = [*self.prefix_cache[layer : layer + 1], (prompt_k, prompt_v)]
-        segments.append((answer_k[:, :, : self.seen], answer_v[:, :, : self.seen]))
-        out_KNED = attend(q_KNED[:, :, :, None], segments, self.bias, scale)[:, :, :, 0]
+        segments = [(*pair, None) for pair in self.prefix_cache[layer : layer + 1]]
+        segments.append((prompt_k, prompt_v, self.prompt_mask))
+        segments.append((answer_k[:, :, : self.seen], answer_v[:, :, : self.seen], self.answer_mask))
+        out_KNED = attend(q_KNED[:, :, :, None], segments, scale)[:, :, :, 0]
         return out_KNED.index_select(1, self.rows_A).permute(1, 0, 2, 3).reshape(A, H, D)
 
 

@@ -1,0 +1,408 @@
+"""distill.py against naive versions kept here: the losses, their gradients, their ends and their memory."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from distill import label_kd_loss, token_kd_loss
+
+KINDS = ["forward", "reverse", "js"]
+
+
+def labels(N=6, Y=5, dtype=torch.float64, seed=0):
+    """Student logits with gradient, teacher probabilities, and gold labels of which every second one is missing."""
+    draw = torch.Generator().manual_seed(seed)
+    logits_NY = 2 * torch.randn(N, Y, generator=draw, dtype=dtype)
+    probs_NY = torch.softmax(2 * torch.randn(N, Y, generator=draw, dtype=dtype), -1)
+    gold_N = torch.randint(Y, (N,), generator=draw)
+    gold_N[1::2] = -100
+    return logits_NY.requires_grad_(), probs_NY, gold_N
+
+
+def tokens(A=11, D=4, E=6, student_vocabulary=13, teacher_vocabulary=13, dtype=torch.float64, seed=0):
+    """Hidden states and linear heads of a student and a wider teacher; weights with zeros among them."""
+    draw = torch.Generator().manual_seed(seed)
+    student_AD, teacher_AE = (torch.randn(A, width, generator=draw, dtype=dtype) for width in (D, E))
+    student_head = torch.nn.Linear(D, student_vocabulary, bias=False, dtype=dtype)
+    teacher_head = torch.nn.Linear(E, teacher_vocabulary, bias=False, dtype=dtype)
+    with torch.no_grad():
+        for head in (student_head, teacher_head):
+            head.weight.copy_(torch.randn(head.weight.shape, generator=draw, dtype=dtype))
+    weights_A = torch.rand(A, generator=draw, dtype=dtype)
+    weights_A[::4] = 0
+    return student_AD.requires_grad_(), student_head, teacher_AE, teacher_head, weights_A
+
+
+def kl(p, q):
+    """KL(p || q) over the last dimension, from probabilities."""
+    return (p * (p.log() - q.log())).sum(-1)
+
+
+def naive_token_loss(student_AD, student_head, teacher_AE, teacher_head, weights_A, kind, beta=0.5, temperature=1.0):
+    """All positions at once, straight from the definitions, with [A, vocabulary] in memory."""
+    p = torch.softmax(teacher_head(teacher_AE).detach() / temperature, -1)
+    q = torch.softmax(student_head(student_AD) / temperature, -1)
+    m = beta * p + (1 - beta) * q
+    js = (beta * kl(p, m) + (1 - beta) * kl(q, m)) / (beta * (1 - beta))
+    divergence_A = {"forward": kl(p, q), "reverse": kl(q, p), "js": js}[kind]
+    return temperature**2 * (divergence_A * weights_A).sum() / weights_A.sum()
+
+
+def gradients(loss, *inputs):
+    return torch.autograd.grad(loss, inputs)
+
+
+# Labels ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
+def test_label_kd_is_kl_at_temperature_plus_gold(temperature):
+    """Direction of KL swapped, teacher not re-tempered, T**2 missing or on the gold term, unlabelled pairs scaled."""
+    logits_NY, probs_NY, gold_N = labels()
+    expected = 0.0
+    for logits, probs, gold in zip(logits_NY, probs_NY, gold_N.tolist(), strict=True):
+        p = probs ** (1 / temperature) / (probs ** (1 / temperature)).sum()
+        kd = temperature**2 * kl(p, torch.softmax(logits / temperature, -1))
+        expected += kd if gold == -100 else 0.7 * kd - 0.3 * torch.softmax(logits, -1)[gold].log()
+    expected = expected / len(gold_N)
+    loss = label_kd_loss(logits_NY, probs_NY, gold_N, temperature, gold_weight=0.3)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(gradients(loss, logits_NY), gradients(expected, logits_NY))
+
+
+def test_label_kd_equals_torch_kl_div():
+    """A wrong normaliser: "batchmean" is the mean over pairs, torch's "mean" also divides by the number of labels."""
+    logits_NY, probs_NY, gold_N = labels()
+    expected = F.kl_div(torch.log_softmax(logits_NY, -1), probs_NY, reduction="batchmean")
+    torch.testing.assert_close(label_kd_loss(logits_NY, probs_NY, gold_N), expected)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
+def test_label_kd_vanishes_at_the_teacher(temperature):
+    """Student and teacher at different temperatures: then a perfect copy of the teacher is pushed away from it."""
+    logits_NY, _, gold_N = labels()
+    loss = label_kd_loss(logits_NY, torch.softmax(logits_NY, -1), gold_N, temperature)
+    zero = torch.zeros_like(logits_NY)
+    torch.testing.assert_close(loss, zero.sum(), rtol=0, atol=1e-12)
+    torch.testing.assert_close(gradients(loss, logits_NY)[0], zero, rtol=0, atol=1e-12)
+
+
+def test_label_kd_without_any_label_is_pure_kd():
+    """0 / 0 from a mean over no labelled pairs, or the KD term of unlabelled pairs scaled down by the gold weight."""
+    logits_NY, probs_NY, gold_N = labels()
+    nothing_N = torch.full_like(gold_N, -100)
+    mixed = label_kd_loss(logits_NY, probs_NY, nothing_N, gold_weight=0.9)
+    pure = label_kd_loss(logits_NY, probs_NY, nothing_N)
+    assert pure > 0
+    torch.testing.assert_close(mixed, pure)
+    torch.testing.assert_close(gradients(mixed, logits_NY), gradients(pure, logits_NY))
+
+
+def test_label_kd_of_no_pairs_is_zero_with_gradient():
+    """NaN from the mean of nothing, or a rank without pairs that has no graph to run backward through."""
+    logits_NY, probs_NY, gold_N = labels(N=0)
+    loss = label_kd_loss(logits_NY, probs_NY, gold_N, gold_weight=0.5)
+    assert loss.item() == 0
+    assert gradients(loss, logits_NY)[0].shape == (0, 5)
+
+
+def test_label_kd_with_zero_probabilities():
+    """NaN from 0 * log(0) when a teacher is so sure that a label's probability underflows."""
+    logits_NY, _, _ = labels(N=1)
+    probs_NY = torch.tensor([[0.0, 0.25, 0.0, 0.75, 0.0]], dtype=torch.float64)
+    log_q = torch.log_softmax(logits_NY, -1)[0]
+    expected = 0.25 * (math.log(0.25) - log_q[1]) + 0.75 * (math.log(0.75) - log_q[3])
+    loss = label_kd_loss(logits_NY, probs_NY, torch.tensor([-100]))
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(gradients(loss, logits_NY), gradients(expected, logits_NY))
+    assert label_kd_loss(logits_NY, probs_NY, torch.tensor([-100]), temperature=3.0).isfinite()
+
+
+def test_label_kd_takes_bfloat16_in_float32():
+    """Probabilities that sum to 1 only within bfloat16 refused, or the loss computed and returned in bfloat16."""
+    logits_NY, probs_NY, gold_N = (x.bfloat16() if x.is_floating_point() else x for x in labels(N=64))
+    loss = label_kd_loss(logits_NY, probs_NY, gold_N, temperature=2.0, gold_weight=0.3)
+    exact_NY = probs_NY.double() / probs_NY.double().sum(-1, keepdim=True)
+    exact = label_kd_loss(logits_NY.double(), exact_NY, gold_N, temperature=2.0, gold_weight=0.3)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss.double(), exact, rtol=1e-5, atol=0)
+
+
+# Tokens ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize("kind", KINDS)
+def test_token_kd_equals_the_naive_version(kind, temperature):
+    """Teacher and student swapped in a KL or in the mixture, T**2 missing, weights dropped, a gradient lost."""
+    inputs = tokens()
+    student_AD, student_head = inputs[:2]
+    loss = token_kd_loss(*inputs, kind=kind, beta=0.3, temperature=temperature, chunk=4)
+    expected = naive_token_loss(*inputs, kind, beta=0.3, temperature=temperature)
+    torch.testing.assert_close(loss, expected)
+    trained = (student_AD, student_head.weight)
+    torch.testing.assert_close(gradients(loss, *trained), gradients(expected, *trained))
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 10, 12, 1000])
+@pytest.mark.parametrize("kind", KINDS)
+def test_token_kd_does_not_depend_on_the_chunk(kind, chunk):
+    """A mean of chunk means, which weighs the positions of a short last chunk (or of one with zero weights) more."""
+    inputs = tokens()
+    trained = (inputs[0], inputs[1].weight)
+    whole = token_kd_loss(*inputs, kind=kind, chunk=11)
+    chunked = token_kd_loss(*inputs, kind=kind, chunk=chunk)
+    torch.testing.assert_close(chunked, whole)
+    torch.testing.assert_close(gradients(chunked, *trained), gradients(whole, *trained))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_token_kd_vanishes_at_the_teacher(kind):
+    """A divergence that is not one: the rescaled Jensen-Shannon must also be 0, with zero gradient, at q = p."""
+    student_AD, head, _, _, weights_A = tokens()
+    loss = token_kd_loss(student_AD, head, student_AD.detach(), head, weights_A, kind=kind, beta=0.2, temperature=2.0)
+    zeros = [torch.zeros_like(x) for x in (student_AD, head.weight)]
+    torch.testing.assert_close(loss, zeros[0].sum(), rtol=0, atol=1e-12)
+    for gradient, zero in zip(gradients(loss, student_AD, head.weight), zeros, strict=True):
+        torch.testing.assert_close(gradient, zero, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("end", "toward"), [("forward", lambda step: step), ("reverse", lambda step: 1 - step)])
+def test_js_tends_to_both_kl_divergences(end, toward):
+    """The jump of the plain divergence, which vanishes near its ends, and the two ends taken for each other."""
+    inputs = tokens()
+    ends = {kind: token_kd_loss(*inputs, kind=kind) for kind in ("forward", "reverse")}
+    assert abs(ends["forward"] - ends["reverse"]) > 0.05 * ends[end], "the ends must be far apart for this test to tell"
+    errors = [abs(token_kd_loss(*inputs, kind="js", beta=toward(step)) - ends[end]) for step in (1e-2, 1e-4, 1e-6)]
+    assert errors[0] > 10 * errors[1] > 100 * errors[2]
+    assert errors[2] < 1e-4 * ends[end]
+    near = gradients(token_kd_loss(*inputs, kind="js", beta=toward(1e-7)), inputs[0])
+    torch.testing.assert_close(near, gradients(ends[end], inputs[0]), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("beta", [1e-5, 1 - 1e-5])
+def test_js_keeps_its_digits_in_float32(beta):
+    """log m - log q rounded to 1e-7 and divided by beta: noise of 1e-2 in the loss near the ends."""
+    inputs = tokens(A=64, student_vocabulary=500, teacher_vocabulary=500)
+    exact = token_kd_loss(*inputs, kind="js", beta=beta)
+    student_AD, student_head, teacher_AE, teacher_head, weights_A = inputs
+    single = [student_AD.float(), student_head.float(), teacher_AE.float(), teacher_head.float(), weights_A.float()]
+    torch.testing.assert_close(token_kd_loss(*single, kind="js", beta=beta).double(), exact, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("sizes", [(13, 17), (17, 13)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_token_kd_slices_to_the_common_vocabulary(kind, sizes):
+    """Padding the shorter logits with zeros, or slicing probabilities after the softmax without normalising them."""
+    inputs = tokens(student_vocabulary=sizes[0], teacher_vocabulary=sizes[1])
+    student_AD, student_head, teacher_AE, teacher_head, weights_A = inputs
+    sliced = (student_AD, lambda x: student_head(x)[:, :13], teacher_AE, lambda x: teacher_head(x)[:, :13], weights_A)
+    expected = naive_token_loss(*sliced, kind)
+    loss = token_kd_loss(*inputs, kind=kind, chunk=5)
+    torch.testing.assert_close(loss, expected)
+    trained = (student_AD, student_head.weight)
+    torch.testing.assert_close(gradients(loss, *trained), gradients(expected, *trained))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_positions_of_weight_zero_change_nothing(kind):
+    """Padding counted in the normaliser, or leaking into the gradient."""
+    student_AD, student_head, teacher_AE, teacher_head, weights_A = tokens()
+    padding_student, _, padding_teacher, _, _ = tokens(A=7, seed=1)
+    padded_AD = torch.cat([student_AD, padding_student.detach()])
+    padded_AE = torch.cat([teacher_AE, padding_teacher])
+    padded_A = torch.cat([weights_A, torch.zeros(7, dtype=torch.float64)])
+    plain = token_kd_loss(student_AD, student_head, teacher_AE, teacher_head, weights_A, kind=kind, chunk=4)
+    padded = token_kd_loss(padded_AD, student_head, padded_AE, teacher_head, padded_A, kind=kind, chunk=4)
+    trained = (student_AD, student_head.weight)
+    torch.testing.assert_close(padded, plain)
+    torch.testing.assert_close(gradients(padded, *trained), gradients(plain, *trained))
+
+
+def test_global_denominator_adds_up_over_micro_batches():
+    """A local normaliser: micro-batches of different length would weigh their tokens differently."""
+    student_AD, student_head, teacher_AE, teacher_head, weights_A = tokens()
+    whole = token_kd_loss(student_AD, student_head, teacher_AE, teacher_head, weights_A)
+    total = weights_A.sum()
+
+    def part(start, stop):
+        student, teacher, weights = (x[start:stop] for x in (student_AD, teacher_AE, weights_A))
+        return token_kd_loss(student, student_head, teacher, teacher_head, weights, denominator=total)
+
+    torch.testing.assert_close(part(0, 3) + part(3, 11), whole)
+
+
+def test_no_weights_and_boolean_weights():
+    """The default weight not being 1, or a boolean mask that is summed or multiplied as anything but 0 and 1."""
+    student_AD, student_head, teacher_AE, teacher_head, weights_A = tokens()
+    keep_A = weights_A > 0
+    heads = (student_head, teacher_head)
+    masked = token_kd_loss(student_AD, heads[0], teacher_AE, heads[1], keep_A)
+    kept = token_kd_loss(student_AD[keep_A], heads[0], teacher_AE[keep_A], heads[1])
+    everything = naive_token_loss(student_AD, heads[0], teacher_AE, heads[1], torch.ones_like(weights_A), "forward")
+    torch.testing.assert_close(masked, kept)
+    torch.testing.assert_close(token_kd_loss(student_AD, heads[0], teacher_AE, heads[1]), everything)
+
+
+@pytest.mark.parametrize("A", [0, 5])
+def test_nothing_that_counts_is_zero_with_gradient(A):
+    """NaN from 0 / 0, or a rank without answers that cannot run backward (and leaves the others waiting)."""
+    student_AD, student_head, teacher_AE, teacher_head, weights_A = tokens(A=A)
+    loss = token_kd_loss(student_AD, student_head, teacher_AE, teacher_head, 0 * weights_A, chunk=2)
+    assert loss.item() == 0
+    for gradient in gradients(loss, student_AD, student_head.weight):
+        assert gradient.count_nonzero() == 0
+
+
+def test_teacher_gets_no_gradient():
+    """A teacher that is trained toward its student when their parameters share an optimizer or a graph."""
+    student_AD, student_head, teacher_AE, teacher_head, weights_A = tokens()
+    teacher_AE.requires_grad_()
+    token_kd_loss(student_AD, student_head, teacher_AE, teacher_head, weights_A, kind="js").backward()
+    logits_NY, probs_NY, gold_N = labels()
+    probs_NY.requires_grad_()
+    label_kd_loss(logits_NY, probs_NY, gold_N).backward()
+    assert student_head.weight.grad is not None and logits_NY.grad is not None
+    assert teacher_AE.grad is None and teacher_head.weight.grad is None and probs_NY.grad is None
+
+
+def test_token_kd_takes_bfloat16_heads_in_float32():
+    """Log-softmax over a vocabulary in bfloat16, which keeps two to three digits of each logit."""
+    student_AD, student_head, teacher_AE, teacher_head, weights_A = tokens(
+        A=32, student_vocabulary=2000, teacher_vocabulary=2000
+    )
+    student_AD, teacher_AE = student_AD.detach().bfloat16(), teacher_AE.bfloat16()
+    student_head, teacher_head = student_head.bfloat16(), teacher_head.bfloat16()
+    heads = [lambda x: student_head(x).double(), lambda x: teacher_head(x).double()]
+    exact = naive_token_loss(student_AD, heads[0], teacher_AE, heads[1], weights_A, "forward")
+    loss = token_kd_loss(student_AD, student_head, teacher_AE, teacher_head, weights_A.float())
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss.double(), exact, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_inputs_are_not_mutated(kind):
+    """In-place work on the caller's tensors: a second loss on the same batch would differ from the first."""
+    logits_NY, probs_NY, gold_N = labels()
+    student_AD, student_head, teacher_AE, teacher_head, weights_A = tokens(teacher_vocabulary=17)
+    tensors = [logits_NY, probs_NY, gold_N, student_AD, teacher_AE, weights_A, student_head.weight, teacher_head.weight]
+    before = [x.detach().clone() for x in tensors]
+    label_kd_loss(logits_NY, probs_NY, gold_N, temperature=2.0, gold_weight=0.5).backward()
+    # Heads that return stored logits: in-place work on logits would show here.
+    stored = [torch.randn(11, V, dtype=torch.float64) for V in (13, 17)]
+    copies = [x.clone() for x in stored]
+    token_kd_loss(
+        student_AD, lambda x: stored[0], teacher_AE, lambda x: stored[1], weights_A, kind=kind, temperature=2.0
+    )
+    token_kd_loss(student_AD, student_head, teacher_AE, teacher_head, weights_A, kind=kind, chunk=4).backward()
+    for x, copy in zip(tensors + stored, before + copies, strict=True):
+        assert torch.equal(x, copy)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Records the largest tensor that any operation returns, forward and backward."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        sizes = [x.numel() for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
+        self.numel = max([self.numel, *sizes])
+        return out
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_all_logits_never_exist_at_once(kind):
+    """The [A, vocabulary] tensor created whole, or its chunks all kept for the backward pass."""
+    A, V, chunk = 50, 300, 4
+    inputs = tokens(A=A, student_vocabulary=V, teacher_vocabulary=V + 20)
+    rows, saved = [], []
+
+    def recording(head):
+        def call(hidden):
+            rows.append(len(hidden))
+            return head(hidden)
+
+        return call
+
+    inputs = (inputs[0], recording(inputs[1]), inputs[2], recording(inputs[3]), inputs[4])
+    keep = torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.numel()) or x, lambda x: x)
+    with LargestTensor() as largest:
+        with keep:
+            loss = token_kd_loss(*inputs, kind=kind, chunk=chunk)
+        loss.backward()
+    assert max(rows) == chunk
+    assert largest.numel <= max(chunk, 6) * (V + 20), "6 is the teacher's width: its head's weight is [V + 20, 6]"
+    assert sum(saved) < A * V / 2, "the backward pass must recompute the chunks, not keep them"
+
+
+# Errors ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"student_logits_NY": torch.zeros(4)}, "student_logits_NY has shape"),
+        ({"student_logits_NY": torch.zeros(4, 1)}, "at least two labels"),
+        ({"student_logits_NY": torch.tensor([[0.0, -math.inf, 0.0]] * 4)}, "student_logits_NY holds NaN or infinity"),
+        ({"teacher_probs_NY": torch.full((4, 2), 0.5)}, "teacher_probs_NY has shape"),
+        ({"teacher_probs_NY": torch.tensor([[2.0, -1.0, 0.0]] * 4)}, "must be probabilities"),
+        ({"teacher_probs_NY": torch.full((4, 3), 0.2)}, "must be probabilities"),
+        ({"teacher_probs_NY": torch.full((4, 3), math.nan)}, "must be probabilities"),
+        ({"gold_N": torch.zeros(3, dtype=torch.long)}, "gold_N is"),
+        ({"gold_N": torch.zeros(4)}, "give int64"),
+        ({"gold_N": torch.tensor([0, 1, 2, 3])}, "label indices 0..2"),
+        ({"gold_N": torch.tensor([0, 1, 2, -1])}, "label indices 0..2"),
+        ({"temperature": 0.0}, "temperature is 0.0"),
+        ({"temperature": math.inf}, "temperature is inf"),
+        ({"gold_weight": 1.5}, "gold_weight is 1.5"),
+        ({"gold_weight": -0.1}, "gold_weight is -0.1"),
+    ],
+)
+def test_label_kd_refuses(change, message):
+    """A wrong input that broadcasts, indexes from the end or becomes NaN instead of being named."""
+    arguments = {
+        "student_logits_NY": torch.zeros(4, 3),
+        "teacher_probs_NY": torch.full((4, 3), 1 / 3),
+        "gold_N": torch.tensor([0, 1, 2, -100]),
+    }
+    label_kd_loss(**arguments)
+    with pytest.raises(ValueError, match=message):
+        label_kd_loss(**{**arguments, **change})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"student_hidden_AD": torch.zeros(1, 5, 4)}, "hidden states have shapes"),
+        ({"teacher_hidden_AE": torch.zeros(1, 6)}, "with the same A"),
+        ({"weights_A": torch.ones(5, 1)}, "weights_A has shape"),
+        ({"weights_A": torch.tensor([1.0, 1.0, 1.0, 1.0, -1.0])}, "finite and not negative"),
+        ({"weights_A": torch.tensor([1.0, 1.0, 1.0, 1.0, math.nan])}, "finite and not negative"),
+        ({"weights_A": torch.tensor([1.0, 1.0, 1.0, 1.0, math.inf])}, "finite and not negative"),
+        ({"kind": "kl"}, "kind is 'kl'"),
+        ({"kind": "js", "beta": 0.0}, "beta is 0.0"),
+        ({"kind": "js", "beta": 1.0}, "beta is 1.0"),
+        ({"kind": "js", "beta": math.nan}, "beta is nan"),
+        ({"temperature": -1.0}, "temperature is -1.0"),
+        ({"denominator": 0}, "denominator is 0"),
+        ({"denominator": torch.tensor(math.nan)}, "denominator is nan"),
+        ({"chunk": 0}, "chunk is 0"),
+    ],
+)
+def test_token_kd_refuses(change, message):
+    """A wrong input that broadcasts, or ends of beta that silently mean another loss."""
+    arguments = {
+        "student_hidden_AD": torch.zeros(5, 4),
+        "student_head": torch.nn.Linear(4, 7),
+        "teacher_hidden_AE": torch.zeros(5, 6),
+        "teacher_head": torch.nn.Linear(6, 7),
+        "weights_A": torch.ones(5),
+    }
+    token_kd_loss(**arguments)
+    with pytest.raises(ValueError, match=message):
+        token_kd_loss(**{**arguments, **change})

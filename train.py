@@ -1,0 +1,594 @@
+"""The story, top to bottom: SFT warm-up -> reinforcement learning -> the table.
+
+    torchrun train.py                                                    # the embedded task, a few minutes on 2 CPU cores
+    torchrun train.py --task FOLDER --model Qwen/Qwen3-0.6B              # your criteria, your pairs, your model
+    python train.py --help                                               # every setting, with its default
+
+1. Fine-tune on demonstrations (TASK/sft.jsonl), so that the model reasons in the criteria's format. Skipped if there are none.
+2. Reinforce on labels (TASK/train.jsonl): sample groups of answers, reward exact matches, give each step the credit that it
+   earned (sam.py), update.
+3. Evaluate on every TASK/test*.jsonl before and after, by metrics that are not the reward.
+
+OUT gets config.json, metrics.jsonl, timing.jsonl, samples.jsonl, curves.png, summary.json, and the Hugging Face folders sft/
+and model/. Settings come from the command line, then TASK/train.json, then the defaults below (which fit real models).
+
+Left out on purpose: reward models, critics, curricula over tasks, LoRA, trainer classes.
+Shapes: P prompts, G answers a prompt, N = P * G answers, T token positions, A answer tokens, K steps, D model width.
+"""
+
+import argparse
+import copy
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+from transformers import GenerationConfig, HfArgumentParser
+
+import grm
+import rollout
+import sam
+
+
+def setting(default, text):
+    """A field of Config with its help text."""
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class Config:
+    """All settings of a run; METHOD: Qwen-like models of 0.6 B to 8 B parameters. TASK/train.json may hold others."""
+
+    task: str = setting("data/notes", "task folder: criteria.md, train.jsonl, test*.jsonl, optionally sft.jsonl and train.json")
+    model: str = setting("", "model folder or hub name; a folder without weights starts fresh (default: TASK/model)")
+    out: str = setting("", "folder for everything that the run writes (default: runs/NAME_OF_TASK)")
+    seed: int = setting(0, "seeds fresh weights, the order of the data, and sampling")
+    max_new_tokens: int = setting(512, "longest answer, in tokens, EOS included")
+    max_tokens: int = setting(32768, "token budget of one forward and backward pass (micro-batch)")
+    max_rows: int = setting(256, "answers decoded at a time")
+    eval_every: int = setting(50, "evaluate on the first test set every so many RL steps (0: only before and after)")
+    save_every: int = setting(0, "save a checkpoint every so many steps (0: after SFT, and when stopped)")
+    # SFT
+    sft_steps: int = setting(400, "steps of supervised fine-tuning on TASK/sft.jsonl (0: none)")
+    sft_batch: int = setting(64, "demonstrations a step")
+    sft_lr: float = setting(1e-5, "peak learning rate of SFT: warm-up over 5 % of the steps, then cosine to a tenth")
+    # RL
+    rl_steps: int = setting(300, "steps of reinforcement learning on TASK/train.jsonl (0: none)")
+    prompts_per_step: int = setting(32, "prompts a step")
+    group_size: int = setting(16, "answers sampled for each prompt")
+    temperature: float = setting(1.0, "sampling temperature; the trainer scores under the same")
+    rule: Literal["symmetric", "positive", "none"] = setting("symmetric", "stepwise masking rule; none is plain GRPO")
+    step_targets: Literal["labels", "final"] = setting("labels", "a step's target: its step_labels, or the final label")
+    lr: float = setting(1e-6, "learning rate of RL, constant after 5 steps of warm-up")
+    updates_per_batch: int = setting(1, "optimizer steps on each batch of answers")
+    clip_low: float = setting(0.2, "the probability ratio is clipped at 1 - clip_low")
+    clip_high: float = setting(0.28, "the probability ratio is clipped at 1 + clip_high")
+    normalize_std: bool = setting(True, "divide advantages by their group's standard deviation")
+    advantage_clamp: float = setting(0.0, "limit advantages to +- this (0: no limit)")
+    kl_coef: float = setting(0.0, "weight of the KL to the model at the start of RL (k2 estimator); keeps a frozen copy")
+    is_cap: float = setting(2.0, "cap of the importance weight between sampler and trainer")
+    weight_decay: float = setting(0.0, "AdamW's weight decay")
+    max_grad_norm: float = setting(1.0, "gradients are clipped to this global norm")
+
+
+def parse_config(argv=None):
+    """Command line over TASK/train.json over defaults. Raises grm.TaskError for settings that are unknown or impossible."""
+    first = argparse.ArgumentParser(add_help=False)
+    first.add_argument("--task", default=Config.task)
+    task = Path(first.parse_known_args(argv)[0].task)
+    parser = HfArgumentParser(Config, description=__doc__.split("\n")[0], allow_abbrev=False)
+    if (task / "train.json").is_file():
+        try:
+            defaults = json.loads((task / "train.json").read_text(encoding="utf-8"))
+            unknown = set(defaults) - set(Config.__dataclass_fields__)
+        except (ValueError, TypeError) as error:
+            raise grm.TaskError(f"{task / 'train.json'}: {error}") from None
+        if unknown:
+            raise grm.TaskError(f"{task / 'train.json'}: unknown settings {', '.join(sorted(unknown))}")
+        parser.set_defaults(**defaults)
+    (config,) = parser.parse_args_into_dataclasses(argv)
+    config.model = config.model or str(task / "model")
+    config.out = config.out or str(Path("runs") / task.resolve().name)
+    at_least = dict.fromkeys(("max_new_tokens", "max_tokens", "max_rows", "sft_batch", "prompts_per_step"), 1)
+    at_least |= dict.fromkeys(("seed", "sft_steps", "rl_steps", "eval_every", "save_every", "kl_coef", "weight_decay"), 0)
+    at_least |= {"group_size": 2, "updates_per_batch": 1, "advantage_clamp": 0, "clip_low": 0, "clip_high": 0}
+    for name, least in at_least.items():
+        if not getattr(config, name) >= least:
+            raise grm.TaskError(f"--{name} {getattr(config, name)}: must be at least {least}")
+    for name in ("sft_lr", "lr", "temperature", "max_grad_norm", "is_cap"):
+        if not 0 < getattr(config, name) < math.inf:
+            raise grm.TaskError(f"--{name} {getattr(config, name)}: must be positive and finite")
+    if config.group_size > config.max_rows:
+        raise grm.TaskError(f"--max_rows {config.max_rows}: must hold a group (--group_size {config.group_size})")
+    if not config.sft_steps and not config.rl_steps:
+        raise grm.TaskError("--sft_steps and --rl_steps are both 0: nothing to do; grm.py score evaluates a model")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise grm.TaskError("several processes are not supported yet; run `python train.py` or torchrun with one process")
+    return config
+
+
+# Data -----------------------------------------------------------------------------------------------------------------
+
+
+def load_data(config, task, tokens):
+    """Read, check and tokenise all files of the task: {"sft": [...], "train": [...], "test_x": [...]}, with prompt ids."""
+    folder, data = Path(config.task), {}
+    if config.sft_steps and (folder / "sft.jsonl").is_file():
+        data["sft"] = task.read(folder / "sft.jsonl", ("response",))
+        for record in data["sft"]:
+            record["answer_ids"] = tokens.response(record["response"])
+            if problem := tokens.parse(record["answer_ids"]).problem:
+                raise grm.TaskError(f"{record['where']}: the response does not parse: {problem}")
+            if len(record["answer_ids"]) > config.max_new_tokens:
+                raise grm.TaskError(
+                    f"{record['where']}: the response has {len(record['answer_ids'])} tokens, more than --max_new_tokens"
+                )
+    if config.rl_steps:
+        data["train"] = task.read(folder / "train.jsonl")
+        for record in data["train"]:
+            if config.step_targets == "final" or len(task.boxes) == 1:
+                record["targets"] = [record["label"]] * len(task.boxes)
+            elif "step_labels" in record:
+                record["targets"] = record["step_labels"]
+            elif config.rule != "none":
+                raise grm.TaskError(f"{record['where']}: no step_labels; use --step_targets final or --rule none")
+    for path in sorted(folder.glob("test*.jsonl")):
+        data[path.stem] = task.read(path)
+    if not any(name.startswith("test") for name in data):
+        raise grm.TaskError(f"{folder}: holds no test*.jsonl to evaluate on")
+    for name, records in data.items():
+        before = tokens.truncated
+        for record, prompt in zip(records, tokens.prompts(records), strict=True):
+            record["prompt_ids"] = prompt
+        if tokens.truncated > before:
+            tqdm.write(f"{name}: {tokens.truncated - before} of {len(records)} documents cut to fit the model's context")
+    return data
+
+
+def batch_at(records, size, step, *key):
+    """The batch of a step (from 0): epochs of a shuffled order that depends on `key` alone, so no state has to be saved."""
+    orders, out = {}, []
+    for i in range(step * size, (step + 1) * size):
+        epoch, place = divmod(i, len(records))
+        if epoch not in orders:
+            orders[epoch] = np.random.default_rng([*key, epoch]).permutation(len(records))
+        out.append(records[orders[epoch][place]])
+    return out
+
+
+def split_by_tokens(prompts, answers, max_tokens):
+    """Cut a batch into micro-batches of whole groups (slices) with at most max_tokens own tokens, or one group, each."""
+    slices, start, used = [], 0, 0
+    for i, (prompt, group) in enumerate(zip(prompts, answers, strict=True)):
+        need = len(prompt) + sum(map(len, group))
+        if used and used + need > max_tokens:
+            slices.append(slice(start, i))
+            start, used = i, 0
+        used += need
+    return [*slices, slice(start, len(prompts))]
+
+
+# The run --------------------------------------------------------------------------------------------------------------
+
+
+class Engine:
+    """Greedy answers and label logits with shared prefixes; the same two methods as grm.PaddedEngine."""
+
+    def __init__(self, model, eos_id, max_new_tokens, max_rows):
+        self.model, self.eos_id, self.max_new_tokens, self.max_rows = model, eos_id, max_new_tokens, max_rows
+
+    def generate(self, prompts):
+        """Greedy answers, lists of ids."""
+        sampled = rollout.sample(
+            self.model, prompts, max_new_tokens=self.max_new_tokens, eos_id=self.eos_id, temperature=0, max_rows=self.max_rows
+        )
+        return [answer for (answer,) in sampled.answers()]
+
+    @torch.no_grad()
+    def label_logits(self, sequences, label_ids):
+        """float32 logits [N, Y] of the label ids as the next token of each sequence."""
+        out = []
+        for start in range(0, len(sequences), self.max_rows):
+            batch = sequences[start : start + self.max_rows]
+            tree = rollout.Tree(batch, [[[label_ids[0]]]] * len(batch), self.model.device)
+            out.append(self.model.lm_head(rollout.answer_hidden(self.model, tree))[:, label_ids].float().cpu())
+        return torch.cat(out)
+
+
+class Run:
+    """A run's models, optimizer, logs and place in the story; `save` and `resume` carry all of it."""
+
+    def __init__(self, config):
+        self.config, self.out = config, Path(config.out)
+        self.stage, self.step, self.stop, self.summary = "sft", 0, False, {}
+        self.task = grm.Task.load(config.task)
+        resuming = self.check_out()
+        source = self.out / "checkpoint" if resuming else config.model
+        self.model, self.tokenizer = grm.load_model(source, seed=config.seed)
+        rollout.use_tree_attention(self.model)
+        # 16: room to force the box's opening behind an answer that did not end
+        room = self.model.config.max_position_embeddings - config.max_new_tokens - 16
+        if room < 1:
+            raise grm.TaskError(f"--max_new_tokens {config.max_new_tokens}: leaves no room for a prompt in the model's context")
+        self.tokens = grm.TokenTask(self.task, self.tokenizer, room)
+        self.data = load_data(config, self.task, self.tokens)
+        self.half = self.model.device.type == "cuda"  # bf16 compute and sampling over float32 master weights
+        self.sampler = copy.deepcopy(self.model).to(torch.bfloat16) if self.half else self.model
+        self.reference = None
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.new_optimizer()
+        if resuming:
+            self.resume()
+        else:
+            for name in ("metrics", "timing", "samples"):
+                (self.out / f"{name}.jsonl").write_text("")
+            (self.out / "config.json").write_text(json.dumps(asdict(config), indent=1) + "\n")
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(self.out / "tensorboard")
+        except ImportError:
+            self.board = None
+
+    def check_out(self):
+        """Whether OUT holds this very run, unfinished; TaskError if it holds another one or a finished one."""
+        path = self.out / "config.json"
+        if not path.exists():
+            if self.out.exists() and any(self.out.iterdir()):
+                raise grm.TaskError(f"--out {self.out}: holds other files; choose an empty or new folder")
+            return False
+        former, mine = json.loads(path.read_text(encoding="utf-8")), asdict(self.config)
+        if differing := [name for name in mine if former.get(name) != mine[name]]:
+            names = ", ".join(f"--{name} {former.get(name)}" for name in differing)
+            raise grm.TaskError(f"--out {self.out}: holds another run ({names}); choose another folder, or delete it")
+        if (self.out / "summary.json").exists():
+            raise grm.TaskError(f"--out {self.out}: holds this run, finished; choose another folder, or delete it")
+        return (self.out / "checkpoint" / "state.json").exists()
+
+    def new_optimizer(self):
+        """AdamW over float32 master weights; each stage starts with a fresh one."""
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.0, weight_decay=self.config.weight_decay)
+
+    def backward(self, loss_of, slices):
+        """Accumulate gradients over micro-batches; returns the summed loss."""
+        self.optimizer.zero_grad()
+        total = 0.0
+        for part in slices:
+            with torch.autocast("cuda", torch.bfloat16, enabled=self.half):
+                loss = loss_of(part)
+            loss.backward()
+            total += float(loss.detach())
+        return total
+
+    def update(self, lr):
+        """Clip, take the optimizer step, refresh the sampler's copy; returns the gradient norm before clipping."""
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
+        if not torch.isfinite(norm):
+            raise RuntimeError(f"{self.stage} step {self.step + 1}: the gradient norm is {norm}; lower the learning rate")
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        if self.half:
+            with torch.no_grad():
+                for ours, theirs in zip(self.sampler.parameters(), self.model.parameters(), strict=True):
+                    ours.copy_(theirs)
+        return float(norm)
+
+    def answer_logprobs(self, model, prompts, answers, temperature=1.0):
+        """Log-probabilities and entropies [A] of the answers' tokens, and their packed Tree."""
+        tree = rollout.Tree(prompts, answers, model.device)
+        hidden_AD = rollout.answer_hidden(model, tree)
+        return (*rollout.token_logprobs(hidden_AD, model.lm_head, tree.targets_A, temperature), tree)
+
+    def log(self, name, record):
+        """Append a record to OUT/name.jsonl; figures of metrics.jsonl go to TensorBoard too."""
+        with open(self.out / f"{name}.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        if self.board and name == "metrics":
+            for key, value in record.items():
+                if isinstance(value, float):
+                    self.board.add_scalar(f"{record['stage']}/{key}", value, record["step"])
+
+    def save(self):
+        """Write OUT/checkpoint whole or not at all: model, optimizer (safetensors) and the rest (JSON)."""
+        path = self.out / "checkpoint"
+        temporary, old = self.out / "checkpoint.tmp", self.out / "checkpoint.old"
+        shutil.rmtree(temporary, ignore_errors=True)
+        self.model.save_pretrained(temporary)
+        self.tokenizer.save_pretrained(temporary)
+        names = {id(p): name for name, p in self.model.named_parameters()}
+        moments = {
+            f"{names[id(p)]}.{key}": value.contiguous().cpu()
+            for p, state in self.optimizer.state.items()
+            for key, value in state.items()
+        }
+        save_file(moments, temporary / "optimizer.safetensors")
+        sizes = {name: (self.out / f"{name}.jsonl").stat().st_size for name in ("metrics", "timing", "samples")}
+        state = {"stage": self.stage, "step": self.step, "summary": self.summary, "log_sizes": sizes}
+        (temporary / "state.json").write_text(json.dumps(state) + "\n")
+        if path.exists():
+            os.replace(path, old)
+        os.replace(temporary, path)
+        shutil.rmtree(old, ignore_errors=True)
+
+    def resume(self):
+        """Take up optimizer, stage, step and logs from OUT/checkpoint (the model was loaded from there)."""
+        path = self.out / "checkpoint"
+        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        self.stage, self.step, self.summary = state["stage"], state["step"], state["summary"]
+        moments = load_file(path / "optimizer.safetensors")
+        for name, p in self.model.named_parameters():
+            found = {key: moments.get(f"{name}.{key}") for key in ("step", "exp_avg", "exp_avg_sq")}
+            if found["step"] is not None:
+                self.optimizer.state[p] = {k: v if k == "step" else v.to(p.device) for k, v in found.items()}
+        for name, size in state["log_sizes"].items():
+            os.truncate(self.out / f"{name}.jsonl", size)  # steps after the checkpoint are done again
+        tqdm.write(f"resumed {self.out} at {self.stage} step {self.step}")
+
+    def export(self, name):
+        """Write OUT/name as a Hugging Face folder that from_pretrained and serving engines load: bf16 on CUDA, else float32."""
+        model = self.sampler
+        model.generation_config = GenerationConfig(
+            eos_token_id=self.tokens.eos_id, pad_token_id=self.tokenizer.pad_token_id, do_sample=False
+        )
+        model.save_pretrained(self.out / name)
+        self.tokenizer.save_pretrained(self.out / name)
+
+    def evaluate(self, names):
+        """Metrics of greedy answers on the named files of the task."""
+        engine = Engine(self.sampler, self.tokens.eos_id, self.config.max_new_tokens, self.config.max_rows)
+        out, start = {}, time.perf_counter()
+        for name in names:
+            out[name] = grm.metrics(self.task, self.data[name], grm.judge(self.tokens, engine, self.data[name]))
+        seconds = time.perf_counter() - start
+        self.log("timing", {"stage": self.stage, "step": self.step, "evaluation_s": seconds})
+        return out
+
+    def finish_stage(self, name, following):
+        """Evaluate on all test sets, export, and make the end of the stage a checkpoint."""
+        self.summary[name] = self.evaluate([n for n in self.data if n.startswith("test")])
+        self.stage, self.step = following, 0
+        self.new_optimizer()
+
+    def steps(self, count, describe):
+        """Yield the steps of a stage with a progress bar; saves every save_every steps, and when asked to stop."""
+        bar = tqdm(total=count, initial=self.step, desc=self.stage, unit="step", disable=None, dynamic_ncols=True)
+        while self.step < count:
+            yield self.step
+            self.step += 1
+            bar.set_postfix_str(describe())
+            bar.update()
+            if self.stop or (self.config.save_every and self.step % self.config.save_every == 0):
+                self.save()
+            if self.stop:
+                bar.close()
+                command = f"python train.py {' '.join(sys.argv[1:])}"
+                sys.exit(f"stopped after {self.stage} step {self.step}; saved. The same command goes on: {command}")
+        bar.close()
+
+
+def sft(run):
+    """Supervised fine-tuning: the mean negative log-likelihood of the demonstrations' tokens, EOS included."""
+    config, last = run.config, {}
+    warm = max(1, round(0.05 * config.sft_steps))
+    for step in run.steps(config.sft_steps, lambda: f"loss {last['loss']:.3f}, {last['tok_s']:.0f} tok/s"):
+        start = time.perf_counter()
+        batch = batch_at(run.data["sft"], config.sft_batch, step, config.seed, 0)
+        prompts, answers = [r["prompt_ids"] for r in batch], [[r["answer_ids"]] for r in batch]
+        count = sum(len(r["answer_ids"]) for r in batch)
+
+        def loss_of(part):
+            logprobs_A, _, _ = run.answer_logprobs(run.model, prompts[part], answers[part])
+            return -logprobs_A.sum() / count
+
+        loss = run.backward(loss_of, split_by_tokens(prompts, answers, config.max_tokens))
+        progress = max(0.0, (step + 1 - warm) / max(1, config.sft_steps - warm))
+        lr = config.sft_lr * min((step + 1) / warm, 0.55 + 0.45 * math.cos(math.pi * progress))
+        norm, seconds = run.update(lr), time.perf_counter() - start
+        last.update(loss=loss, tok_s=count / seconds)
+        run.log("metrics", {"stage": "sft", "step": step + 1, "loss": loss, "grad_norm": norm, "lr": lr})
+        run.log("timing", {"stage": "sft", "step": step + 1, "update_s": seconds, "tok_s": count / seconds})
+
+
+def assign_credit(run, batch, sampled):
+    """Parse and reward the answers, and give each token its credit: (credit_NT, advantages_N, rewards_PG, traces)."""
+    config, K = run.config, len(run.task.boxes)
+    traces = [[run.tokens.parse(answer) for answer in group] for group in sampled.answers()]
+    rewards_PG = torch.tensor(
+        [[grm.reward(trace, r["label"]) for trace in group] for r, group in zip(batch, traces, strict=True)]
+    )
+    advantages_PG = sam.group_advantages(rewards_PG, config.normalize_std, config.advantage_clamp or None)
+    ends, right = [], []
+    for record, group in zip(batch, traces, strict=True):
+        for trace in group:
+            ends.append([s.end for s in trace.steps] or [0] * K)
+            right.append(grm.step_verdicts(trace, record.get("targets", ())) or [False] * K)
+    device = sampled.ids_NT.device
+    advantages_N, ends, right = (x.to(device) for x in (advantages_PG.flatten(), torch.tensor(ends), torch.tensor(right)))
+    width = int(sampled.lengths_N.max())
+    credit_NT = sam.stepwise_credit(advantages_N, ends, right, sampled.lengths_N, width, config.rule)
+    return credit_NT, advantages_N, rewards_PG, traces
+
+
+def rl_update(run, prompts, sampled, credit_NT, lr):
+    """The optimizer steps on one batch of answers; returns the figures to log."""
+    config, G, answers = run.config, run.config.group_size, sampled.answers()
+    sampler_NT, lengths_N = sampled.logprobs_NT[:, : credit_NT.shape[1]], sampled.lengths_N
+    denominator, slices = int(lengths_N.sum()), split_by_tokens(prompts, answers, config.max_tokens)
+    old, stats, entropies = {}, [], []
+
+    def loss_of(part):
+        logprobs_A, entropy_A, tree = run.answer_logprobs(run.model, prompts[part], answers[part], config.temperature)
+        rows = slice(part.start * G, part.stop * G)
+        old.setdefault(part.start, logprobs_A.detach())  # of the first update: the policy at the start of the step
+        reference_NT = None
+        if run.reference is not None:
+            with torch.no_grad():
+                reference_NT = tree.to_rows(
+                    run.answer_logprobs(run.reference, prompts[part], answers[part], config.temperature)[0]
+                )
+        width = int(tree.lengths_N.max())
+        mask_NT = torch.arange(width, device=logprobs_A.device) < tree.lengths_N[:, None]
+        loss, stat = sam.policy_loss(
+            tree.to_rows(logprobs_A), credit_NT[rows, :width], mask_NT, denominator, tree.to_rows(old[part.start]),
+            sampler_NT[rows, :width], reference_NT, config.clip_low, config.clip_high, config.is_cap, config.kl_coef,
+        )  # fmt: skip
+        stats.append(stat)
+        entropies.append(float(entropy_A.sum()))
+        return loss
+
+    for _ in range(config.updates_per_batch):
+        loss = run.backward(loss_of, slices)
+        norm = run.update(lr)
+    tokens = sum(stat.tokens for stat in stats)
+    means = {name: sum(getattr(stat, name) for stat in stats) / tokens for name in asdict(stats[0]) if name != "tokens"}
+    return {"loss": loss, "grad_norm": norm, "lr": lr, "entropy": sum(entropies) / tokens, **means}
+
+
+def rl(run):
+    """Group-relative RL: sample, reward, assign credit, update."""
+    config, last = run.config, {"accuracy": float("nan")}
+    first_test = next(name for name in run.data if name.startswith("test"))
+    if config.kl_coef:
+        start = run.out / "sft" if (run.out / "sft").exists() else config.model
+        run.reference = rollout.use_tree_attention(grm.load_model(start, seed=config.seed)[0])
+    describe = lambda: f"reward {last['reward']:.2f}, {first_test} {last['accuracy']:.3f}, {last['tok_s']:.0f} tok/s"  # noqa: E731
+    for step in run.steps(config.rl_steps, describe):
+        started = time.perf_counter()
+        batch = batch_at(run.data["train"], config.prompts_per_step, step, config.seed, 1)
+        prompts = [r["prompt_ids"] for r in batch]
+        sampled = rollout.sample(
+            run.sampler, prompts, group_size=config.group_size, max_new_tokens=config.max_new_tokens,
+            eos_id=run.tokens.eos_id, temperature=config.temperature, seed=config.seed, step=step, max_rows=config.max_rows,
+        )  # fmt: skip
+        sampled_at = time.perf_counter()
+        credit_NT, advantages_N, rewards_PG, traces = assign_credit(run, batch, sampled)
+        record = {"stage": "rl", "step": step + 1}
+        record |= sam.rollout_stats(rewards_PG, advantages_N, credit_NT, sampled.lengths_N, sampled.ended_N)
+        problems = Counter(trace.problem for group in traces for trace in group)
+        record["malformed"] = 1 - problems[None] / advantages_N.numel()
+        record |= rl_update(run, prompts, sampled, credit_NT, config.lr * min(1.0, (step + 1) / 5))
+        updated_at = time.perf_counter()
+        if config.eval_every and (step + 1) % config.eval_every == 0:
+            scores = run.evaluate([first_test])[first_test]
+            record |= {f"{first_test}/{name}": scores[name] for name in ("accuracy", "macro_f1")}
+            last["accuracy"] = scores["accuracy"]
+        run.log("metrics", record)
+        if step % 10 == 0:
+            log_samples(run, step + 1, batch, sampled, traces, rewards_PG, credit_NT)
+        tokens = int(sampled.lengths_N.sum())
+        times = {"sampling_s": sampled_at - started, "update_s": updated_at - sampled_at}
+        times |= {"sampling_tok_s": tokens / times["sampling_s"], "update_tok_s": tokens / times["update_s"]}
+        run.log("timing", {"stage": "rl", "step": step + 1, **times})
+        last.update(reward=record["reward"], tok_s=tokens / (updated_at - started))
+
+
+def log_samples(run, step, batch, sampled, traces, rewards_PG, credit_NT):
+    """Write the first and the last answer of the batch with the credit of each of their steps."""
+    for row in (0, rewards_PG.numel() - 1):
+        p, g = divmod(row, rewards_PG.shape[1])
+        record, trace, answer = batch[p], traces[p][g], sampled.answers()[p][g]
+        ends = [s.end for s in trace.steps] or [len(answer)]
+        parts = [
+            {"text": run.tokens.decode(answer[start:end]), "credit": float(credit_NT[row, end - 1])}
+            for start, end in zip([0, *ends], ends, strict=False)
+        ]
+        shown = {name: record[name] for name in ("query", "document", "label")}
+        run.log("samples", {"step": step, **shown, "reward": float(rewards_PG[p, g]), "problem": trace.problem, "steps": parts})
+
+
+def draw_curves(out):
+    """Draw OUT/curves.png from OUT/metrics.jsonl: loss of SFT; reward and accuracy; credit; entropy and length of RL."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    panels = [
+        ("SFT", "sft", [("loss", "loss")]),
+        ("RL: reward of sampled answers, accuracy of greedy ones", "rl", [("reward", "reward")]),
+        ("RL: groups without a signal, tokens masked by SAM", "rl", [("frac_zero_std", "zero-variance groups"), ("masked", "masked")]),
+        ("RL: entropy per token", "rl", [("entropy", "entropy")]),
+    ]  # fmt: skip
+    panels[1][2].extend((key, key) for key in sorted({k for r in records for k in r if k.endswith("/accuracy")}))
+    figure, axes = plt.subplots(2, 2, figsize=(11, 6.5), layout="constrained")
+    for axis, (title, stage, lines) in zip(axes.flat, panels, strict=True):
+        for key, name in lines:
+            points = [(r["step"], r[key]) for r in records if r["stage"] == stage and key in r]
+            if points:
+                axis.plot(*zip(*points, strict=True), label=name, marker="o" if "/" in key else None, linewidth=1.3)
+        axis.set(title=title, xlabel="step")
+        axis.grid(alpha=0.3)
+        if axis.lines:
+            axis.legend()
+    figure.savefig(out / "curves.png", dpi=110)
+    plt.close(figure)
+
+
+def print_table(summary):
+    """The table at the end: one line per stage and test set."""
+    print(f"\n{'':6}{'test set':<16}{'accuracy':>9}{'binary':>8}{'macro-F1':>10}{'kappa':>7}{'nDCG@10':>9}{'malformed':>11}")
+    for stage, tests in summary.items():
+        for name, m in tests.items():
+            ndcg = f"{m['ndcg@10']:.3f}" if "ndcg@10" in m else "-"
+            print(
+                f"{stage:<6}{name:<16}{m['accuracy']:>9.3f}{m['binary_accuracy']:>8.3f}{m['macro_f1']:>10.3f}"
+                f"{m['kappa']:>7.3f}{ndcg:>9}{m['malformed']:>11.3f}"
+            )
+
+
+def main():
+    """Parse, check everything, then SFT -> RL -> table."""
+    try:
+        config = parse_config()
+        run = Run(config)
+    except grm.TaskError as error:
+        sys.exit(f"{error}")
+
+    def on_signal(number, frame):
+        run.stop = True  # the step under way is finished and saved first
+        signal.signal(number, signal.SIG_DFL)
+        tqdm.write("stopping after this step; once more to stop at once, unsaved")
+
+    signal.signal(signal.SIGINT, on_signal)
+    signal.signal(signal.SIGTERM, on_signal)
+
+    # Stage 1: learn the form of the reasoning from demonstrations
+    if run.stage == "sft":
+        if "sft" in run.data:
+            sft(run)
+            run.finish_stage("sft", "rl")
+            run.export("sft")
+        else:
+            tqdm.write("no SFT: reinforcing the model as it is")
+            run.finish_stage("start", "rl")
+        run.save()
+
+    # Stage 2: learn from labels when each rule applies
+    if config.rl_steps:
+        rl(run)
+        run.finish_stage("rl", "done")
+    run.export("model")
+
+    # Stage 3: what came out
+    draw_curves(run.out)
+    (run.out / "summary.json").write_text(json.dumps(run.summary, indent=1) + "\n")
+    shutil.rmtree(run.out / "checkpoint", ignore_errors=True)
+    print_table(run.summary)
+    print(f"\n{run.out}/model: the model; curves.png: the picture; samples.jsonl: answers with the credit of each step")
+
+
+if __name__ == "__main__":
+    main()
