@@ -378,7 +378,9 @@ def metrics(task, records, predictions):
             queries.setdefault(record["query_id"], []).append((gain, prediction["grade"]))
         values = [v for pairs in queries.values() if (v := ndcg(*zip(*pairs, strict=True))) is not None]
         out["ndcg@10"] = float(np.mean(values)) if values else 0.0
-    out["classes"] = {name: {"gold": a, "predicted": b, "right": h} for name, a, b, h in zip(labels, golds, gots, hits, strict=True)}
+    out["classes"] = {
+        name: {"gold": a, "predicted": b, "right": h} for name, a, b, h in zip(labels, golds, gots, hits, strict=True)
+    }
     return out
 
 
@@ -481,7 +483,11 @@ def judge(tokens, engine, records, explain=True):
         label, well_formed = trace.label, trace.problem is None
         if not answer:  # answer-first without explanation: the most probable label
             label, well_formed = task.labels[int(row.argmax())], True
-        result = {"label": label, "grade": float(task.grade(row)), "probs": dict(zip(task.labels, row.tolist(), strict=True))}
+        result = {
+            "label": label,
+            "grade": float(task.grade(row)),
+            "probs": dict(zip(task.labels, row.tolist(), strict=True)),
+        }
         result["well_formed"] = well_formed
         if explain:
             result["problem"] = trace.problem
@@ -563,7 +569,10 @@ def main():
     """Command line: `score` a file of pairs or `judge` one pair."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    score, single = commands.add_parser("score", help="grade a file"), commands.add_parser("judge", help="grade one pair")
+    score, single = (
+        commands.add_parser("score", help="grade a file"),
+        commands.add_parser("judge", help="grade one pair"),
+    )
     for sub in (score, single):
         sub.add_argument("--model", required=True, help="model folder or hub name")
         sub.add_argument("--task", required=True, help="task folder (with criteria.md)")

@@ -80,7 +80,12 @@ class _FusedAttend(torch.autograd.Function):
         K, R, E, L = queries[0].shape[:4]
         B, C = k.shape[1:3]
         if isinstance(mask, str):  # own keys: every query head of a row is a head for itself
-            return [x.reshape(K, R * E, L, *x.shape[4:]) for x in queries], *(x.repeat_interleave(E, 1) for x in (k, v)), True, None
+            return (
+                [x.reshape(K, R * E, L, *x.shape[4:]) for x in queries],
+                *(x.repeat_interleave(E, 1) for x in (k, v)),
+                True,
+                None,
+            )
         if mask is not None:
             mask = mask.to(k.dtype).expand(K, B, R // B * E * L, C)
         return [x.reshape(K, B, R // B * E * L, *x.shape[4:]) for x in queries], k, v, False, mask
@@ -219,6 +224,7 @@ class Tree:
 
     def _index_levels(self, prompt_rows, shared_rows, answer_rows, size, as_tensor):
         """Padded index tables of the two lower levels, and `unpack_S`: where each packed token's output will stand."""
+
         def padded(rows):
             width = max(map(len, rows), default=0)
             return as_tensor([[*row] + [0] * (width - len(row)) for row in rows]) if width else None
@@ -284,6 +290,7 @@ def token_logprobs(hidden_AD, head, targets_A, temperature=1.0, chunk=1024):
     Runs in chunks of `chunk` positions that are computed again in the backward pass, so [A, vocabulary] never exists.
     The entropies carry no gradient; they are a statistic.
     """
+
     def one_chunk(hidden, targets):
         logps = torch.log_softmax(head(hidden).float() / temperature, -1)
         with torch.no_grad():
@@ -352,7 +359,10 @@ class _Prefill:
         self.input_ids = as_tensor([token for row in rows for token in row])[None]
         self.position_ids = as_tensor([start + i for length in lengths for i in range(length)])[None]
         self.max_position = start + width
-        self.lengths_R, self.last_R = as_tensor(lengths), as_tensor([s + n - 1 for s, n in zip(starts, lengths, strict=True)])
+        self.lengths_R, self.last_R = (
+            as_tensor(lengths),
+            as_tensor([s + n - 1 for s, n in zip(starts, lengths, strict=True)]),
+        )
         self.table_RL = as_tensor([[*range(s, s + n)] + [s] * (width - n) for s, n in zip(starts, lengths, strict=True)])
         self.cells_S = as_tensor([r * width + i for r, length in enumerate(lengths) for i in range(length)])
 
@@ -436,8 +446,20 @@ def _check_sample(model, prompts, group_size, max_new_tokens, eos_id):
 
 
 @torch.no_grad()
-def sample(model, prompts, *, group_size=1, max_new_tokens, eos_id, temperature=1.0, seed=0, step=0, first_row=0,
-           max_rows=256, progress=None):
+def sample(
+    model,
+    prompts,
+    *,
+    group_size=1,
+    max_new_tokens,
+    eos_id,
+    temperature=1.0,
+    seed=0,
+    step=0,
+    first_row=0,
+    max_rows=256,
+    progress=None,
+):
     """Sample `group_size` answers to each prompt (lists of token ids); returns a Rollout.
 
     temperature 0 is greedy. Row n draws from uniforms of (seed, step, first_row + n), so its answer does not depend on

@@ -191,7 +191,12 @@ class Engine:
     def generate(self, prompts):
         """Greedy answers, lists of ids."""
         sampled = rollout.sample(
-            self.model, prompts, max_new_tokens=self.max_new_tokens, eos_id=self.eos_id, temperature=0, max_rows=self.max_rows
+            self.model,
+            prompts,
+            max_new_tokens=self.max_new_tokens,
+            eos_id=self.eos_id,
+            temperature=0,
+            max_rows=self.max_rows,
         )
         return [answer for (answer,) in sampled.answers()]
 
@@ -258,7 +263,9 @@ class Run:
 
     def new_optimizer(self):
         """AdamW over float32 master weights; each stage starts with a fresh one."""
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.0, weight_decay=self.config.weight_decay)
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=self.config.weight_decay
+        )
 
     def backward(self, loss_of, slices):
         """Accumulate gradients over micro-batches; returns the summed loss."""
@@ -505,7 +512,10 @@ def log_samples(run, step, batch, sampled, traces, rewards_PG, credit_NT):
             for start, end in zip([0, *ends], ends, strict=False)
         ]
         shown = {name: record[name] for name in ("query", "document", "label")}
-        run.log("samples", {"step": step, **shown, "reward": float(rewards_PG[p, g]), "problem": trace.problem, "steps": parts})
+        run.log(
+            "samples",
+            {"step": step, **shown, "reward": float(rewards_PG[p, g]), "problem": trace.problem, "steps": parts},
+        )
 
 
 def draw_curves(out):

@@ -295,9 +295,7 @@ def test_inputs_are_not_mutated(kind):
     # Heads that return stored logits: in-place work on logits would show here.
     stored = [torch.randn(11, V, dtype=torch.float64) for V in (13, 17)]
     copies = [x.clone() for x in stored]
-    token_kd_loss(
-        student_AD, lambda x: stored[0], teacher_AE, lambda x: stored[1], weights_A, kind=kind, temperature=2.0
-    )
+    token_kd_loss(student_AD, lambda x: stored[0], teacher_AE, lambda x: stored[1], weights_A, kind=kind, temperature=2.0)
     token_kd_loss(student_AD, student_head, teacher_AE, teacher_head, weights_A, kind=kind, chunk=4).backward()
     for x, copy in zip(tensors + stored, before + copies, strict=True):
         assert torch.equal(x, copy)
