@@ -31,7 +31,6 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-
 # Attention over a tree ------------------------------------------------------------------------------------------------
 
 
@@ -109,8 +108,8 @@ class _FusedAttend(torch.autograd.Function):
         q, out, lse, *keys_values = ctx.saved_tensors
         grad_q, grads = 0, []
         for mask, k, v in zip(ctx.masks, keys_values[::2], keys_values[1::2], strict=True):
-            (g, queries, o, l), keys, values, causal, mask = cls._views(mask, k, v, [grad, q, out, lse])
-            dq, dk, dv = _flash_backward(g, queries, keys, values, o, l, 0.0, causal, attn_mask=mask, scale=ctx.scale)
+            (g, queries, merged, total), keys, values, causal, mask = cls._views(mask, k, v, [grad, q, out, lse])
+            dq, dk, dv = _flash_backward(g, queries, keys, values, merged, total, 0.0, causal, attn_mask=mask, scale=ctx.scale)
             grad_q = grad_q + dq.reshape(q.shape)
             grads += [d.unflatten(1, (k.shape[1], -1)).sum(2) for d in (dk, dv)]  # over the heads that share a key
         return grad_q, None, None, *grads
@@ -211,7 +210,7 @@ class Tree:
                 predict += [last, *own]
                 targets += answer
         self.prefix, self.max_position = C, max(positions) + 1
-        as_tensor = lambda values: torch.tensor(values, dtype=torch.long, device=device)  # noqa: E731
+        as_tensor = lambda values: torch.tensor(values, dtype=torch.long, device=device)
         self.input_ids, self.position_ids = as_tensor(ids)[None], as_tensor(positions)[None]
         self.predict_A, self.targets_A = as_tensor(predict), as_tensor(targets)
         self._index_rows([len(a) for g in answers for a in g], as_tensor)
@@ -352,7 +351,7 @@ class _Prefill:
     """Layout of a prefill: R rows packed in one [1, S], each seeing `ancestors` and, causally, itself; keeps their keys."""
 
     def __init__(self, rows, start, ancestors, device):
-        as_tensor = lambda values: torch.tensor(values, dtype=torch.long, device=device)  # noqa: E731
+        as_tensor = lambda values: torch.tensor(values, dtype=torch.long, device=device)
         lengths, width = [len(row) for row in rows], max(map(len, rows))
         starts = np.cumsum([0, *lengths])[:-1].tolist()
         self.ancestors, self.keys_values = ancestors, []

@@ -70,7 +70,7 @@ class Config:
     temperature: float = setting(1.0, "sampling temperature; the trainer scores under the same")
     rule: Literal["symmetric", "positive", "none"] = setting("symmetric", "stepwise masking rule; none is plain GRPO")
     step_targets: Literal["labels", "final"] = setting("labels", "a step's target: its step_labels, or the final label")
-    lr: float = setting(1e-6, "learning rate of RL, constant after 5 steps of warm-up")
+    lr: float = setting(1e-6, "peak learning rate of RL, same schedule")
     updates_per_batch: int = setting(1, "optimizer steps on each batch of answers")
     clip_low: float = setting(0.2, "the probability ratio is clipped at 1 - clip_low")
     clip_high: float = setting(0.28, "the probability ratio is clipped at 1 + clip_high")
@@ -165,6 +165,13 @@ def batch_at(records, size, step, *key):
             orders[epoch] = np.random.default_rng([*key, epoch]).permutation(len(records))
         out.append(records[orders[epoch][place]])
     return out
+
+
+def learning_rate(peak, step, steps):
+    """Warm-up over the first 5 % of a stage's steps, then a cosine down to a tenth of the peak."""
+    warm = max(1, round(0.05 * steps))
+    progress = max(0.0, (step + 1 - warm) / max(1, steps - warm))
+    return peak * min((step + 1) / warm, 0.55 + 0.45 * math.cos(math.pi * progress))
 
 
 def split_by_tokens(prompts, answers, max_tokens):
@@ -388,20 +395,18 @@ class Run:
 def sft(run):
     """Supervised fine-tuning: the mean negative log-likelihood of the demonstrations' tokens, EOS included."""
     config, last = run.config, {}
-    warm = max(1, round(0.05 * config.sft_steps))
     for step in run.steps(config.sft_steps, lambda: f"loss {last['loss']:.3f}, {last['tok_s']:.0f} tok/s"):
         start = time.perf_counter()
         batch = batch_at(run.data["sft"], config.sft_batch, step, config.seed, 0)
         prompts, answers = [r["prompt_ids"] for r in batch], [[r["answer_ids"]] for r in batch]
         count = sum(len(r["answer_ids"]) for r in batch)
 
-        def loss_of(part):
+        def loss_of(part, prompts=prompts, answers=answers, count=count):
             logprobs_A, _, _ = run.answer_logprobs(run.model, prompts[part], answers[part])
             return -logprobs_A.sum() / count
 
         loss = run.backward(loss_of, split_by_tokens(prompts, answers, config.max_tokens))
-        progress = max(0.0, (step + 1 - warm) / max(1, config.sft_steps - warm))
-        lr = config.sft_lr * min((step + 1) / warm, 0.55 + 0.45 * math.cos(math.pi * progress))
+        lr = learning_rate(config.sft_lr, step, config.sft_steps)
         norm, seconds = run.update(lr), time.perf_counter() - start
         last.update(loss=loss, tok_s=count / seconds)
         run.log("metrics", {"stage": "sft", "step": step + 1, "loss": loss, "grad_norm": norm, "lr": lr})
@@ -470,7 +475,7 @@ def rl(run):
     if config.kl_coef:
         start = run.out / "sft" if (run.out / "sft").exists() else config.model
         run.reference = rollout.use_tree_attention(grm.load_model(start, seed=config.seed)[0])
-    describe = lambda: f"reward {last['reward']:.2f}, {first_test} {last['accuracy']:.3f}, {last['tok_s']:.0f} tok/s"  # noqa: E731
+    describe = lambda: f"reward {last['reward']:.2f}, {first_test} {last['accuracy']:.3f}, {last['tok_s']:.0f} tok/s"
     for step in run.steps(config.rl_steps, describe):
         started = time.perf_counter()
         batch = batch_at(run.data["train"], config.prompts_per_step, step, config.seed, 1)
@@ -485,7 +490,7 @@ def rl(run):
         record |= sam.rollout_stats(rewards_PG, advantages_N, credit_NT, sampled.lengths_N, sampled.ended_N)
         problems = Counter(trace.problem for group in traces for trace in group)
         record["malformed"] = 1 - problems[None] / advantages_N.numel()
-        record |= rl_update(run, prompts, sampled, credit_NT, config.lr * min(1.0, (step + 1) / 5))
+        record |= rl_update(run, prompts, sampled, credit_NT, learning_rate(config.lr, step, config.rl_steps))
         updated_at = time.perf_counter()
         if config.eval_every and (step + 1) % config.eval_every == 0:
             scores = run.evaluate([first_test])[first_test]
