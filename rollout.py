@@ -358,10 +358,8 @@ class _Prefill:
         self.input_ids = as_tensor([token for row in rows for token in row])[None]
         self.position_ids = as_tensor([start + i for length in lengths for i in range(length)])[None]
         self.max_position = start + width
-        self.lengths_R, self.last_R = (
-            as_tensor(lengths),
-            as_tensor([s + n - 1 for s, n in zip(starts, lengths, strict=True)]),
-        )
+        self.lengths_R = as_tensor(lengths)
+        self.last_R = as_tensor(starts) + self.lengths_R - 1
         self.table_RL = as_tensor([[*range(s, s + n)] + [s] * (width - n) for s, n in zip(starts, lengths, strict=True)])
         self.cells_S = as_tensor([r * width + i for r, length in enumerate(lengths) for i in range(length)])
 
@@ -423,19 +421,16 @@ class _Decode:
         return out_KNED.index_select(1, self.rows_A).permute(1, 0, 2, 3).reshape(A, H, D)
 
 
-def _forward(model, input_ids, position_ids, layout):
-    """Hidden states [S, D] of one packed row under a layout."""
-    out = model.base_model(input_ids=input_ids, position_ids=position_ids, tree=layout, use_cache=False)
-    return out.last_hidden_state[0]
-
-
-def _check_sample(model, prompts, group_size, max_new_tokens, eos_id):
+def _check_sample(model, prompts, group_size, max_new_tokens, eos_id, max_rows):
     _check_prompts(prompts)
     if group_size < 1 or max_new_tokens < 1:
         raise ValueError(f"group_size ({group_size}) and max_new_tokens ({max_new_tokens}) must be at least 1")
+    if group_size > max_rows:
+        raise ValueError(f"max_rows ({max_rows}) must hold at least one group of {group_size}; raise it")
     if eos_id is None:
         raise ValueError("eos_id is missing: without an end-of-sequence token no answer can end")
-    if model.training and any(isinstance(m, torch.nn.Dropout) and m.p for m in model.modules()):
+    dropout = any(isinstance(m, torch.nn.Dropout) and m.p for m in model.modules())
+    if model.training and (dropout or getattr(model.config, "attention_dropout", 0)):
         raise ValueError("the model is in train mode with dropout; call model.eval() before sampling")
     longest, context = max(map(len, prompts)) + max_new_tokens, model.config.max_position_embeddings
     if longest > context:
@@ -444,21 +439,83 @@ def _check_sample(model, prompts, group_size, max_new_tokens, eos_id):
         raise ValueError("call rollout.use_tree_attention(model) first")
 
 
+class _Sampler:
+    """The state of one call of `sample`: what is drawn (by row), who decodes (by place), and the cache."""
+
+    def __init__(self, model, prompts, group_size, max_new_tokens, eos_id, temperature, draws_NT, max_rows):
+        device, (N, T), G = model.device, draws_NT.shape, group_size
+        self.model, self.prompts, self.eos_id, self.temperature = model, prompts, eos_id, temperature
+        self.group_size, self.draws_NT, self.waiting = G, draws_NT, 0  # waiting: the next prompt to be admitted
+        self.ids_NT = torch.zeros(N, T, dtype=torch.long, device=device)
+        self.logprobs_NT = torch.zeros(N, T, device=device)
+        self.lengths_N = torch.zeros(N, dtype=torch.long, device=device)
+        self.ended_N = torch.zeros(N, dtype=torch.bool, device=device)
+        # Places: slots for whole groups, each with the keys of its prompt and of its G answers
+        self.slots = min(len(prompts), max_rows // G)
+        self.active = torch.zeros(self.slots * G, dtype=torch.bool, device=device)
+        self.row = torch.zeros(self.slots * G, dtype=torch.long, device=device)  # the output row that a place works on
+        self.prompt_length = torch.zeros_like(self.row)
+        self.prefix = common_prefix_length(prompts)
+        prefix_cache = self.prefill([prompts[0][: self.prefix]], 0, []).keys_values if self.prefix else []
+        width = max(map(len, prompts)) - self.prefix
+        self.decode = _Decode(prefix_cache, self.prefix, self.slots, G, width, max_new_tokens, device)
+
+    def forward(self, input_ids, position_ids, layout):
+        out = self.model.base_model(input_ids=input_ids, position_ids=position_ids, tree=layout, use_cache=False)
+        return out.last_hidden_state[0]
+
+    def prefill(self, rows, start, ancestors):
+        layout = _Prefill(rows, start, ancestors, self.model.device)
+        layout.hidden_SD = self.forward(layout.input_ids, layout.position_ids, layout)
+        return layout
+
+    def admit(self, free):
+        """Prefill waiting prompts into free slots and draw the first token of each of their answers."""
+        slots_P = free[: len(self.prompts) - self.waiting]
+        chosen = range(self.waiting, self.waiting + len(slots_P))
+        prefill = self.prefill([self.prompts[p][self.prefix :] for p in chosen], self.prefix, self.decode.prefix_cache)
+        self.decode.store_prompts(slots_P, prefill)
+        G, device = self.group_size, free.device
+        places = (slots_P[:, None] * G + torch.arange(G, device=device)).flatten()
+        self.row[places] = torch.arange(chosen.start * G, chosen.stop * G, device=device)
+        self.prompt_length[places] = (self.prefix + prefill.lengths_R).repeat_interleave(G)
+        self.waiting = chosen.stop
+        return self.draw(places, prefill.hidden_SD[prefill.last_R].repeat_interleave(G, 0))
+
+    def draw(self, places, hidden_AD):
+        """Draw the next token of each place and end the rows that are done; returns how many tokens were drawn."""
+        rows, T = self.row[places], self.ids_NT.shape[1]
+        at = self.lengths_N[rows]
+        logits_AV = self.model.get_output_embeddings()(hidden_AD)
+        ids, logps = choose_tokens(logits_AV, self.draws_NT[rows, at], self.temperature)
+        self.ids_NT[rows, at], self.logprobs_NT[rows, at] = ids, logps
+        self.lengths_N[rows] = at + 1
+        self.ended_N[rows] = ids == self.eos_id
+        self.active[places] = (ids != self.eos_id) & (at + 1 < T)
+        return len(ids)
+
+    def step(self):
+        """Admit prompts where slots have become free, else decode one token of every active row; None at the end."""
+        free = (~self.active.view(self.slots, -1).any(1)).nonzero()[:, 0]
+        idle = len(free) == self.slots
+        # A prefill for few prompts is as slow as one for many: wait until a quarter of the slots are free.
+        if self.waiting < len(self.prompts) and (idle or 4 * len(free) >= self.slots):
+            return self.admit(free)
+        if idle:
+            return None
+        places = self.active.nonzero()[:, 0]
+        rows = self.row[places]
+        written = self.lengths_N[rows] - 1
+        self.decode.prepare(places, written)
+        position_ids = (self.prompt_length[places] + written)[None]
+        return self.draw(places, self.forward(self.ids_NT[rows, written][None], position_ids, self.decode))
+
+
 @torch.no_grad()
 def sample(
-    model,
-    prompts,
-    *,
-    group_size=1,
-    max_new_tokens,
-    eos_id,
-    temperature=1.0,
-    seed=0,
-    step=0,
-    first_row=0,
-    max_rows=256,
+    model, prompts, *, group_size=1, max_new_tokens, eos_id, temperature=1.0, seed=0, step=0, first_row=0, max_rows=256,
     progress=None,
-):
+):  # fmt: skip
     """Sample `group_size` answers to each prompt (lists of token ids); returns a Rollout.
 
     temperature 0 is greedy. Row n draws from uniforms of (seed, step, first_row + n), so its answer does not depend on
@@ -466,61 +523,12 @@ def sample(
     place to a waiting prompt. progress(tokens) is called after each step with the number of tokens drawn.
     Raises ValueError for empty prompts, budgets that fit nothing, a missing eos_id, dropout, or too long a prompt.
     """
-    _check_sample(model, prompts, group_size, max_new_tokens, eos_id)
-    if group_size > max_rows:
-        raise ValueError(f"max_rows ({max_rows}) must hold at least one group of {group_size}")
-    device, G, N = model.device, group_size, len(prompts) * group_size
+    _check_sample(model, prompts, group_size, max_new_tokens, eos_id, max_rows)
+    N = len(prompts) * group_size
     draws = uniforms(seed, step, range(first_row, first_row + N), max_new_tokens) if temperature else np.zeros((N, 1))
-    draws_NT = torch.from_numpy(draws).to(device).expand(N, max_new_tokens)
-    ids_NT = torch.zeros(N, max_new_tokens, dtype=torch.long, device=device)
-    logprobs_NT = torch.zeros(N, max_new_tokens, device=device)
-    lengths_N, ended_N = torch.zeros_like(ids_NT[:, 0]), torch.zeros(N, dtype=torch.bool, device=device)
-
-    C = common_prefix_length(prompts)
-    prefix_cache = []
-    if C:
-        prefill = _Prefill([prompts[0][:C]], 0, [], device)
-        _forward(model, prefill.input_ids, prefill.position_ids, prefill)
-        prefix_cache = prefill.keys_values
-    slots = min(len(prompts), max_rows // G)
-    width = max(map(len, prompts)) - C
-    decode = _Decode(prefix_cache, C, slots, G, width, max_new_tokens, device)
-
-    row_of_place_N = torch.zeros(slots * G, dtype=torch.long, device=device)  # which output row a place works on
-    prompt_length_N = torch.zeros_like(row_of_place_N)
-    active = torch.zeros(slots * G, dtype=torch.bool, device=device)
-    waiting = 0  # the next prompt to be admitted
-
-    def draw(places_A, hidden_AD):
-        """Draw the next token of each place and end the rows that are done."""
-        rows = row_of_place_N[places_A]
-        at = lengths_N[rows]
-        ids, logps = choose_tokens(model.lm_head(hidden_AD), draws_NT[rows, at], temperature)
-        ids_NT[rows, at], logprobs_NT[rows, at] = ids, logps
-        lengths_N[rows] = at + 1
-        ended_N[rows] = ids == eos_id
-        active[places_A] = (ids != eos_id) & (at + 1 < max_new_tokens)
+    draws_NT = torch.from_numpy(draws).to(model.device).expand(N, max_new_tokens)
+    sampler = _Sampler(model, prompts, group_size, max_new_tokens, eos_id, temperature, draws_NT, max_rows)
+    while (tokens := sampler.step()) is not None:
         if progress is not None:
-            progress(len(ids))
-
-    while waiting < len(prompts) or bool(active.any()):
-        free = (~active.view(slots, G).any(1)).nonzero()[:, 0]
-        if waiting < len(prompts) and len(free) and (4 * len(free) >= slots or not bool(active.any())):
-            slots_P = free[: len(prompts) - waiting]
-            chosen = range(waiting, waiting + len(slots_P))
-            prefill = _Prefill([prompts[p][C:] for p in chosen], C, prefix_cache, device)
-            hidden = _forward(model, prefill.input_ids, prefill.position_ids, prefill)[prefill.last_R]
-            decode.store_prompts(slots_P, prefill)
-            places = (slots_P[:, None] * G + torch.arange(G, device=device)).flatten()
-            row_of_place_N[places] = torch.arange(chosen.start * G, chosen.stop * G, device=device)
-            prompt_length_N[places] = (C + prefill.lengths_R).repeat_interleave(G)
-            waiting = chosen.stop
-            draw(places, hidden.repeat_interleave(G, 0))
-            continue
-        places = active.nonzero()[:, 0]
-        rows = row_of_place_N[places]
-        written = lengths_N[rows] - 1
-        decode.prepare(places, written)
-        position_ids = (prompt_length_N[places] + written)[None]
-        draw(places, _forward(model, ids_NT[rows, written][None], position_ids, decode))
-    return Rollout(ids_NT, lengths_N, logprobs_NT, ended_N, group_size)
+            progress(tokens)
+    return Rollout(sampler.ids_NT, sampler.lengths_N, sampler.logprobs_NT, sampler.ended_N, group_size)

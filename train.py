@@ -35,6 +35,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from transformers import GenerationConfig, HfArgumentParser
+from transformers.utils import logging as hf_logging
 
 import grm
 import rollout
@@ -57,7 +58,7 @@ class Config:
     max_new_tokens: int = setting(512, "longest answer, in tokens, EOS included")
     max_tokens: int = setting(32768, "token budget of one forward and backward pass (micro-batch)")
     max_rows: int = setting(256, "answers decoded at a time")
-    eval_every: int = setting(50, "evaluate on the first test set every so many RL steps (0: only before and after)")
+    eval_every: int = setting(50, "evaluate on the test sets every so many RL steps (0: only before and after)")
     save_every: int = setting(0, "save a checkpoint every so many steps (0: after SFT, and when stopped)")
     # SFT
     sft_steps: int = setting(400, "steps of supervised fine-tuning on TASK/sft.jsonl (0: none)")
@@ -84,19 +85,20 @@ class Config:
 
 def parse_config(argv=None):
     """Command line over TASK/train.json over defaults. Raises grm.TaskError for settings that are unknown or impossible."""
-    first = argparse.ArgumentParser(add_help=False)
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--task", default=Config.task)
     task = Path(first.parse_known_args(argv)[0].task)
-    parser = HfArgumentParser(Config, description=__doc__.split("\n")[0], allow_abbrev=False)
+    argv = sys.argv[1:] if argv is None else list(argv)
     if (task / "train.json").is_file():
         try:
             defaults = json.loads((task / "train.json").read_text(encoding="utf-8"))
             unknown = set(defaults) - set(Config.__dataclass_fields__)
-        except (ValueError, TypeError) as error:
-            raise grm.TaskError(f"{task / 'train.json'}: {error}") from None
+            argv = [f"--{name}={value}" for name, value in defaults.items()] + argv  # what comes later wins
+        except (ValueError, TypeError, AttributeError) as error:
+            raise grm.TaskError(f"{task / 'train.json'}: not a JSON object of settings: {error}") from None
         if unknown:
             raise grm.TaskError(f"{task / 'train.json'}: unknown settings {', '.join(sorted(unknown))}")
-        parser.set_defaults(**defaults)
+    parser = HfArgumentParser(Config, description=__doc__.split("\n")[0], allow_abbrev=False)
     (config,) = parser.parse_args_into_dataclasses(argv)
     config.model = config.model or str(task / "model")
     config.out = config.out or str(Path("runs") / task.resolve().name)
@@ -214,7 +216,7 @@ class Engine:
         for start in range(0, len(sequences), self.max_rows):
             batch = sequences[start : start + self.max_rows]
             tree = rollout.Tree(batch, [[[label_ids[0]]]] * len(batch), self.model.device)
-            out.append(self.model.lm_head(rollout.answer_hidden(self.model, tree))[:, label_ids].float().cpu())
+            out.append(self.model.get_output_embeddings()(rollout.answer_hidden(self.model, tree))[:, label_ids].float().cpu())
         return torch.cat(out)
 
 
@@ -303,7 +305,7 @@ class Run:
         """Log-probabilities and entropies [A] of the answers' tokens, and their packed Tree."""
         tree = rollout.Tree(prompts, answers, model.device)
         hidden_AD = rollout.answer_hidden(model, tree)
-        return (*rollout.token_logprobs(hidden_AD, model.lm_head, tree.targets_A, temperature), tree)
+        return (*rollout.token_logprobs(hidden_AD, model.get_output_embeddings(), tree.targets_A, temperature), tree)
 
     def log(self, name, record):
         """Append a record to OUT/name.jsonl; figures of metrics.jsonl go to TensorBoard too."""
@@ -359,19 +361,17 @@ class Run:
         model.save_pretrained(self.out / name)
         self.tokenizer.save_pretrained(self.out / name)
 
-    def evaluate(self, names):
-        """Metrics of greedy answers on the named files of the task."""
+    def evaluate(self):
+        """Metrics of greedy answers, {test set: metrics}, on every test set of the task."""
         engine = Engine(self.sampler, self.tokens.eos_id, self.config.max_new_tokens, self.config.max_rows)
-        out, start = {}, time.perf_counter()
-        for name in names:
-            out[name] = grm.metrics(self.task, self.data[name], grm.judge(self.tokens, engine, self.data[name]))
-        seconds = time.perf_counter() - start
-        self.log("timing", {"stage": self.stage, "step": self.step, "evaluation_s": seconds})
+        tests, start = [name for name in self.data if name.startswith("test")], time.perf_counter()
+        out = {name: grm.metrics(self.task, self.data[name], grm.judge(self.tokens, engine, self.data[name])) for name in tests}
+        self.log("timing", {"stage": self.stage, "step": self.step, "evaluation_s": time.perf_counter() - start})
         return out
 
     def finish_stage(self, name, following):
-        """Evaluate on all test sets, export, and make the end of the stage a checkpoint."""
-        self.summary[name] = self.evaluate([n for n in self.data if n.startswith("test")])
+        """Evaluate on all test sets and make ready for the next stage."""
+        self.summary[name] = self.evaluate()
         self.stage, self.step = following, 0
         self.new_optimizer()
 
@@ -470,12 +470,12 @@ def rl_update(run, prompts, sampled, credit_NT, lr):
 
 def rl(run):
     """Group-relative RL: sample, reward, assign credit, update."""
-    config, last = run.config, {"accuracy": float("nan")}
-    first_test = next(name for name in run.data if name.startswith("test"))
+    config, before = run.config, next(iter(run.summary.values()))
+    last = {"accuracy": np.mean([m["accuracy"] for m in before.values()])}
     if config.kl_coef:
         start = run.out / "sft" if (run.out / "sft").exists() else config.model
         run.reference = rollout.use_tree_attention(grm.load_model(start, seed=config.seed)[0])
-    describe = lambda: f"reward {last['reward']:.2f}, {first_test} {last['accuracy']:.3f}, {last['tok_s']:.0f} tok/s"
+    describe = lambda: f"reward {last['reward']:.2f}, accuracy {last['accuracy']:.3f}, {last['tok_s']:.0f} tok/s"
     for step in run.steps(config.rl_steps, describe):
         started = time.perf_counter()
         batch = batch_at(run.data["train"], config.prompts_per_step, step, config.seed, 1)
@@ -493,9 +493,9 @@ def rl(run):
         record |= rl_update(run, prompts, sampled, credit_NT, learning_rate(config.lr, step, config.rl_steps))
         updated_at = time.perf_counter()
         if config.eval_every and (step + 1) % config.eval_every == 0:
-            scores = run.evaluate([first_test])[first_test]
-            record |= {f"{first_test}/{name}": scores[name] for name in ("accuracy", "macro_f1")}
-            last["accuracy"] = scores["accuracy"]
+            scores = run.evaluate()
+            record |= {f"{test}/{name}": m[name] for test, m in scores.items() for name in ("accuracy", "macro_f1")}
+            last["accuracy"] = np.mean([m["accuracy"] for m in scores.values()])
         run.log("metrics", record)
         if step % 10 == 0:
             log_samples(run, step + 1, batch, sampled, traces, rewards_PG, credit_NT)
@@ -534,7 +534,7 @@ def draw_curves(out):
     panels = [
         ("SFT", "sft", [("loss", "loss")]),
         ("RL: reward of sampled answers, accuracy of greedy ones", "rl", [("reward", "reward")]),
-        ("RL: groups without a signal, tokens masked by SAM", "rl", [("frac_zero_std", "zero-variance groups"), ("masked", "masked")]),
+        ("RL: credit", "rl", [("frac_zero_std", "groups without a signal"), ("masked", "tokens masked by SAM")]),
         ("RL: entropy per token", "rl", [("entropy", "entropy")]),
     ]  # fmt: skip
     panels[1][2].extend((key, key) for key in sorted({k for r in records for k in r if k.endswith("/accuracy")}))
@@ -566,6 +566,7 @@ def print_table(summary):
 
 def main():
     """Parse, check everything, then SFT -> RL -> table."""
+    hf_logging.disable_progress_bar()
     try:
         config = parse_config()
         run = Run(config)

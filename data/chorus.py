@@ -1,0 +1,242 @@
+"""A task folder from real, human-labelled product search pairs (English, electronics), and the baselines to beat.
+
+    python data/chorus.py make PATH_TO_CHORUS --out data/chorus    # then: python train.py --task data/chorus
+    python data/chorus.py baselines --task data/chorus             # a table to hold against train.py's; --json for machines
+
+PATH_TO_CHORUS holds train.jsonl and test.jsonl (query, document, label 0..3, query_id; no query is in both) and the data's
+README.md and LICENSE, which are copied along. The data are not part of this project: do not commit the folder.
+
+There are labels but no demonstrations of reasoning, so the task is answer-first without steps: SFT on the labels of the
+training pairs, then RL on the same pairs. The model is a tiny Qwen3 that starts without weights. It knows no word that the
+training pairs do not teach it; `--model Qwen/Qwen3-0.6B` is the same task for a model that does.
+"""
+
+import argparse
+import json
+import math
+import re
+import shutil
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast, Qwen3Config
+
+# grm.py lies in the repository root, and Python puts only this script's own folder on the path: the project is no package.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import grm
+
+LABELS, RELEVANT = ["0", "1", "2", "3"], ["2", "3"]  # from worst to best
+VOCABULARY, CONTEXT = 4096, 1024
+
+CRITERIA = rf"""---
+labels: {json.dumps(LABELS)}  # from worst to best
+relevant: {json.dumps(RELEVANT)}
+steps: []
+format: answer-first
+---
+You grade how well a product of an electronics shop answers a search query.
+3: what was searched for: a product of that kind, and of the brand, model or property that the query names.
+2: close: the right kind of product with one detail that differs, or one that many who search for this would buy as well.
+1: loosely related: an accessory or a part of the product searched for, or something for the same use.
+0: unrelated: a different kind of product, even if it shares words with the query.
+Judge what the product is, not which words it mentions. Answer with \boxed{{grade}} only.
+"""
+
+SETTINGS = {
+    "max_new_tokens": 16,
+    "eval_every": 10,
+    "sft_steps": 200,
+    "sft_batch": 32,
+    "sft_lr": 1e-3,
+    "rl_steps": 30,
+    "prompts_per_step": 32,
+    "group_size": 8,
+    "lr": 5e-5,
+}
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+# The task folder ------------------------------------------------------------------------------------------------------
+
+
+def read_source(source):
+    """The training and test pairs of the folder `source`, checked. Raises grm.TaskError that says what is wrong where."""
+    task = grm.Task(source, CRITERIA, LABELS, RELEVANT, [], "answer-first")
+    for name in ("train.jsonl", "test.jsonl", "README.md", "LICENSE"):
+        if not (source / name).is_file():
+            raise grm.TaskError(f"{source / name}: not found; PATH_TO_CHORUS holds train.jsonl, test.jsonl, README.md, LICENSE")
+    train, test = (task.read(source / name, ("label", "query_id")) for name in ("train.jsonl", "test.jsonl"))
+    known = {r["query_id"] for r in train}
+    if leaks := [f"{r['where']}: query_id {r['query_id']!r} is in train.jsonl too" for r in test if r["query_id"] in known]:
+        raise grm.TaskError(f"{leaks[0]}; the test set must hold other queries ({len(leaks)} such lines)")
+    return train, test
+
+
+def make_tokenizer(texts):
+    """A byte-level BPE tokenizer trained on `texts`, with Qwen's chat markers as its special tokens.
+
+    Lower case on top of Qwen's NFC: a model that starts from nothing would have to learn that "USB Hub" is "usb hub".
+    """
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    backend = Tokenizer(models.BPE())
+    backend.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY, min_frequency=2, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train_from_iterator(texts, trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=["<|im_start|>"],
+        clean_up_tokenization_spaces=False,
+        model_max_length=CONTEXT,
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def make_config(tokenizer):
+    """A Qwen3 of 2.4 M parameters, 0.8 M of them embeddings."""
+    return Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=192,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=6,
+        num_key_value_heads=3,
+        head_dim=32,
+        max_position_embeddings=CONTEXT,
+        tie_word_embeddings=True,
+        initializer_range=0.06,  # at this width, Qwen's 0.02 learns several times slower
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        architectures=["Qwen3ForCausalLM"],
+    )
+
+
+def make(source, out):
+    """Write the whole task folder into `out` from the pairs in `source` (pathlib.Paths): the same bytes every time."""
+    if out.resolve() == source.resolve():
+        raise grm.TaskError(f"--out {out}: is PATH_TO_CHORUS itself, whose files would be overwritten")
+    train, test = read_source(source)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "criteria.md").write_text(CRITERIA, encoding="utf-8")
+    (out / "train.json").write_text(json.dumps(SETTINGS, indent=2) + "\n", encoding="utf-8")
+    demonstrations = [{**r, "response": f"\\boxed{{{r['label']}}}"} for r in train]
+    write_lines(out / "sft.jsonl", demonstrations, ("query", "document", "response"))
+    write_lines(out / "train.jsonl", train, ("query", "document", "label", "query_id"))
+    write_lines(out / "test.jsonl", test, ("query", "document", "label", "query_id"))
+    shutil.copyfile(source / "README.md", out / "README.md")
+    shutil.copyfile(source / "LICENSE", out / "LICENSE")
+    task = grm.Task.load(out)
+    texts = [f"user\nQuery: {r['query']}\nDocument: {r['document']}\nassistant\n{r['response']}" for r in demonstrations]
+    tokenizer = make_tokenizer([task.criteria, *texts])
+    tokenizer.save_pretrained(out / "model")
+    make_config(tokenizer).save_pretrained(out / "model")
+
+
+def write_lines(path, records, fields):
+    """Write these fields of records as JSON Lines."""
+    lines = (json.dumps({name: r[name] for name in fields}, ensure_ascii=False) for r in records)
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+# Baselines ------------------------------------------------------------------------------------------------------------
+
+
+def words(text):
+    """The set of lower-case words of a text."""
+    return set(re.findall(r"\w+", text.lower()))
+
+
+def overlap_scores(records, documents):
+    """Each record's share of its query's words, weighted by their idf in `documents`, that its document holds: 0 to 1."""
+    counts = Counter(word for text in documents for word in words(text))
+    idf = lambda some: sum(math.log((len(documents) + 1) / (counts[word] + 1)) for word in sorted(some))
+    return [idf(words(r["query"]) & words(r["document"])) / (idf(words(r["query"])) or 1.0) for r in records]
+
+
+def fit_thresholds(scores, gold, classes):
+    """classes - 1 ascending thresholds that turn scores into class indices with the highest accuracy: the exact optimum.
+
+    Moving threshold g up to cut c turns what lies below it from class g + 1 into class g; `gains[c, g]` is what that wins.
+    """
+    values, places = np.unique(scores, return_inverse=True)
+    counts = np.zeros((len(values) + 1, classes), dtype=int)
+    np.add.at(counts, (places + 1, gold), 1)
+    below = counts.cumsum(0)
+    gains = below[:, :-1] - below[:, 1:]
+    best, paths = gains[:, 0], [(c,) for c in range(len(gains))]
+    for g in range(1, classes - 1):
+        firsts = [int(best[: c + 1].argmax()) for c in range(len(gains))]  # where threshold g - 1 lies best, at or below c
+        paths = [(*paths[first], c) for c, first in enumerate(firsts)]
+        best = best[firsts] + gains[:, g]
+    edges = np.append(values, np.inf)  # cut c: the c lowest values lie below
+    return edges[list(paths[int(best.argmax())])]
+
+
+def baselines(task):
+    """Metrics on TASK/test.jsonl of two that need no model: {"majority": ..., "idf overlap": ...}, as grm.metrics has them.
+
+    majority: the most frequent label of train.jsonl for every pair. idf overlap: the score itself orders the documents;
+    thresholds with the highest accuracy on train.jsonl turn it into labels.
+    """
+    train, test = (task.read(task.folder / name) for name in ("train.jsonl", "test.jsonl"))
+    gold = [task.labels.index(r["label"]) for r in train]
+    common = task.labels[int(np.bincount(gold).argmax())]
+    documents = sorted({r["document"] for r in train})
+    thresholds = fit_thresholds(overlap_scores(train, documents), gold, len(task.labels))
+    scores = overlap_scores(test, documents)
+    grades = np.searchsorted(thresholds, scores, side="right")
+    predictions = {
+        "majority": [{"label": common, "grade": 0.0}] * len(test),
+        "idf overlap": [{"label": task.labels[g], "grade": s} for g, s in zip(grades, scores, strict=True)],
+    }
+    return {name: grm.metrics(task, test, rows) for name, rows in predictions.items()}
+
+
+def print_table(results):
+    """One line per baseline, in the columns of train.py's table."""
+    print(f"{'':<22}{'accuracy':>9}{'binary':>8}{'macro-F1':>10}{'kappa':>7}{'nDCG@10':>9}")
+    for name, m in results.items():
+        ndcg = f"{m['ndcg@10']:.3f}" if "ndcg@10" in m else "-"
+        print(f"{name:<22}{m['accuracy']:>9.3f}{m['binary_accuracy']:>8.3f}{m['macro_f1']:>10.3f}{m['kappa']:>7.3f}{ndcg:>9}")
+
+
+def main():
+    """Command line: `make` the task folder, or measure the `baselines`."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    maker, measure = (
+        commands.add_parser("make", help="write the task folder"),
+        commands.add_parser("baselines", help="measure the baselines on its test set"),
+    )
+    maker.add_argument("source", type=Path, metavar="PATH_TO_CHORUS", help="folder with train.jsonl and test.jsonl")
+    maker.add_argument("--out", type=Path, default=Path("data/chorus"), help="folder to write (default: data/chorus)")
+    measure.add_argument("--task", type=Path, default=Path("data/chorus"), help="task folder (default: data/chorus)")
+    measure.add_argument("--json", action="store_true", help="print JSON, not a table")
+    args = parser.parse_args()
+    try:
+        if args.command == "make":
+            make(args.source, args.out)
+        else:
+            results = baselines(grm.Task.load(args.task))
+            print(json.dumps(results, indent=1)) if args.json else print_table(results)
+    except grm.TaskError as error:
+        sys.exit(f"{error}")
+
+
+if __name__ == "__main__":
+    main()
