@@ -45,7 +45,7 @@ def one_seed(out, seed, threads, flags):
     base.mkdir(parents=True, exist_ok=True)
     run(base / "sft", threads, "--seed", seed, "--rl_steps", 0)
     for name, rule in RULES.items():
-        start = ["--model", base / "sft" / "sft", "--sft_steps", 0]
+        start = ["--model", base / "sft" / "sft", "--sft_steps", 0, "--eval_every", 0]
         run(base / name.replace(", ", "-").replace(" ", "-"), threads, "--seed", seed, *start, *rule, *flags)
 
 

@@ -1,0 +1,358 @@
+"""rollout.py: the tree against the naive forward, row by row, and the sampler against the exact distribution."""
+
+import gc
+import shutil
+import subprocess
+import sys
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from conftest import ARCHITECTURES, ROOT, make_model
+
+import rollout
+
+PREFIX = [7, 8, 9, 10, 11, 12]
+PROMPTS = {
+    "unequal": [[*PREFIX, 20, 21, 22], [*PREFIX, 23], [*PREFIX, 24, 25, 26, 27, 28]],
+    "no common prefix": [[20, 21, 22], [23, 24], [25]],
+    "identical": [[*PREFIX, 20], [*PREFIX, 20]],
+    "one is the prefix of another": [[*PREFIX, 20], [*PREFIX, 20, 21, 22]],
+    "one prompt": [[*PREFIX, 20, 21]],
+    "one token": [[5], [6]],
+}
+
+
+def some_answers(prompts, group, seed=0):
+    """Answers of 1 to 6 tokens; the first of each group has one token."""
+    draw = np.random.default_rng(seed)
+    sizes = [[1 if g == 0 else int(draw.integers(1, 7)) for g in range(group)] for _ in prompts]
+    return [[draw.integers(3, 60, n).tolist() for n in row] for row in sizes]
+
+
+def naive(model, prompts, answers, temperature=1.0):
+    """Log-probabilities of the answers' tokens, one unpadded row at a time through the plain Hugging Face forward."""
+    out = []
+    for prompt, group in zip(prompts, answers, strict=True):
+        for answer in group:
+            logits = model(torch.tensor([prompt + answer])).logits[0].float() / temperature
+            logps = torch.log_softmax(logits, -1)[len(prompt) - 1 : -1]
+            out.append(logps.gather(1, torch.tensor(answer)[:, None])[:, 0])
+    return torch.cat(out)
+
+
+def through_tree(model, prompts, answers, temperature=1.0, chunk=1024):
+    tree = rollout.Tree(prompts, answers)
+    hidden = rollout.answer_hidden(model, tree)
+    return rollout.token_logprobs(hidden, model.lm_head, tree.targets_A, temperature, chunk)[0]
+
+
+def relative(a, b, least=1e-12):
+    """Largest difference over the largest value of b, or over `least` where b is zero but for rounding."""
+    return float((a - b).detach().abs().max() / b.detach().abs().max().clamp(min=least))
+
+
+def compare_gradients(architecture, prompts, answers):
+    plain, packed = make_model(architecture, tree=False), make_model(architecture)
+    expected, got = naive(plain, prompts, answers), through_tree(packed, prompts, answers)
+    assert relative(got, expected) < 1e-5
+    weights = torch.linspace(-1, 2, len(expected))
+    (expected * weights).sum().backward()
+    (got * weights).sum().backward()
+    largest = max(float(p.grad.abs().max()) for p in plain.parameters())
+    for (name, a), b in zip(packed.named_parameters(), plain.parameters(), strict=True):
+        assert relative(a.grad, b.grad, 1e-2 * largest) < 1e-5, name
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_tree_equals_plain_forward_for_every_architecture(architecture):
+    """A keyword that a model does not hand down, or a position that it counts itself, would change the result."""
+    compare_gradients(architecture, PROMPTS["unequal"], some_answers(PROMPTS["unequal"], 3))
+
+
+@pytest.mark.parametrize("group", [1, 3, 8])
+@pytest.mark.parametrize("kind", PROMPTS)
+def test_tree_equals_plain_forward_for_every_shape(kind, group):
+    """Gradients of every parameter, for prompts and groups of all shapes; duplicated prompts must not be merged."""
+    compare_gradients("qwen3", PROMPTS[kind], some_answers(PROMPTS[kind], group))
+
+
+def test_groups_of_unequal_size():
+    """Groups of 1, 2 and 3 answers in one tree: the padding rows must reach neither outputs nor gradients."""
+    answers = [group[: i + 1] for i, group in enumerate(some_answers(PROMPTS["unequal"], 3))]
+    compare_gradients("llama", PROMPTS["unequal"], answers)
+
+
+def test_fused_attention_equals_one_softmax():
+    """The merge through log-sum-exp against the plain concatenated softmax, with gradients and a padding mask."""
+    torch.manual_seed(0)
+    K, R, E, L, D, C, B = 2, 6, 2, 5, 8, 7, 3
+    mask = rollout._padding_mask(torch.tensor([7, 3, 1]), C)
+    results = []
+    for fused in (True, False):
+        torch.manual_seed(1)
+        shapes = [(K, R, E, L, D), (K, 1, 4, D), (K, 1, 4, D), (K, B, C, D), (K, B, C, D), (K, R, L, D), (K, R, L, D)]
+        q, pk, pv, sk, sv, ok, ov = leaves = [torch.randn(s, requires_grad=True) for s in shapes]
+        if fused:
+            out = rollout._FusedAttend.apply(q, 0.3, [None, mask, "causal"], pk, pv, sk, sv, ok, ov)
+        else:
+            scores = [
+                torch.einsum("krgld,kbcd->krglc", q, pk),
+                torch.einsum("krgld,krcd->krglc", q, sk.repeat_interleave(R // B, 1)) * 1.0,
+                torch.einsum("krgld,krcd->krglc", q, ok),
+            ]
+            scores = [s * 0.3 for s in scores]
+            scores[1] = scores[1] + mask.repeat_interleave(R // B, 1)[:, :, None]
+            scores[2] = scores[2] + torch.full((L, L), float("-inf")).triu(1)
+            a, b, c = torch.softmax(torch.cat(scores, -1), -1).split([4, C, L], -1)
+            out = torch.einsum("krglc,kbcd->krgld", a, pv) + torch.einsum("krglc,krcd->krgld", c, ov)
+            out = out + torch.einsum("krglc,krcd->krgld", b, sv.repeat_interleave(R // B, 1))
+        (out * torch.linspace(-1, 1, out.numel()).view(out.shape)).sum().backward()
+        results.append([out.detach()] + [x.grad for x in leaves])
+    for a, b in zip(*results, strict=True):
+        assert relative(a, b) < 1e-5
+
+
+def test_gradient_checkpointing_changes_nothing():
+    """Recomputed layers must see the same tree."""
+    prompts, answers = PROMPTS["unequal"], some_answers(PROMPTS["unequal"], 3)
+    grads = []
+    for checkpointing in (False, True):
+        model = make_model("qwen3").train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        through_tree(model, prompts, answers).sum().backward()
+        grads.append([p.grad for p in model.parameters()])
+    for a, b in zip(*grads, strict=True):
+        assert relative(a, b) < 1e-6
+
+
+def test_logprobs_in_chunks_never_hold_the_vocabulary_for_all():
+    """[tokens, vocabulary] for a batch is what runs out of memory; entropies are of the same distribution."""
+    torch.manual_seed(0)
+    hidden, head = torch.randn(50, 16, requires_grad=True), torch.nn.Linear(16, 97, bias=False)
+    seen = []
+
+    def spy(x):
+        seen.append(len(x))
+        return head(x)
+
+    targets = torch.randint(0, 97, (50,))
+    logps, entropy = rollout.token_logprobs(hidden, spy, targets, 0.7, chunk=8)
+    logps.sum().backward()
+    assert max(seen) == 8 and len(seen) == 14  # seven chunks, computed again in the backward pass
+    expected = torch.distributions.Categorical(logits=head(hidden) / 0.7)
+    torch.testing.assert_close(logps, expected.log_prob(targets))
+    torch.testing.assert_close(entropy, expected.entropy())
+    assert not entropy.requires_grad
+
+
+def test_rows_and_packing_are_inverse():
+    """to_rows pads behind the end only, and pack takes the same tokens back in the same order."""
+    tree = rollout.Tree(PROMPTS["unequal"], some_answers(PROMPTS["unequal"], 3))
+    values = torch.arange(1.0, len(tree.targets_A) + 1)
+    rows = tree.to_rows(values)
+    assert torch.equal(tree.pack(rows), values)
+    assert [(row != 0).sum().item() for row in rows] == tree.lengths_N.tolist()
+
+
+# Sampling
+
+
+def sample(model, prompts, **settings):
+    return rollout.sample(model, prompts, **{"max_new_tokens": 9, "eos_id": 2, "seed": 3, **settings})
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("kind", PROMPTS)
+def test_sampled_logprobs_are_the_models(architecture, kind):
+    """The cache against the uncached forward: each sampled token's log-probability is that of the naive row."""
+    prompts = PROMPTS[kind]
+    out = sample(make_model(architecture), prompts, group_size=3, temperature=0.8)
+    expected = naive(make_model(architecture, tree=False), prompts, out.answers(), 0.8)
+    got = torch.cat([row[:n] for row, n in zip(out.logprobs_NT, out.lengths_N.tolist(), strict=True)])
+    torch.testing.assert_close(got, expected, atol=2e-5, rtol=1e-5)
+
+
+def test_sampler_and_trainer_score_the_same():
+    """LESSONS 6: the same temperature on both sides, so the ratio between them starts at 1."""
+    model = make_model("qwen3")
+    out = sample(model, PROMPTS["unequal"], group_size=4, temperature=1.3)
+    tree = rollout.Tree(PROMPTS["unequal"], out.answers())
+    trained = through_tree(model, PROMPTS["unequal"], out.answers(), 1.3)
+    torch.testing.assert_close(trained, tree.pack(out.logprobs_NT[:, : int(out.lengths_N.max())]), atol=2e-5, rtol=1e-5)
+
+
+def test_greedy_equals_hugging_face_generate():
+    """Greedy answers of the tree and of model.generate, whose cache is another's work."""
+    prompts = PROMPTS["unequal"]
+    plain = make_model("qwen3", tree=False)
+    for prompt, (answer,) in zip(prompts, sample(make_model("qwen3"), prompts, temperature=0).answers(), strict=True):
+        row = torch.tensor([prompt])
+        expected = plain.generate(row, attention_mask=torch.ones_like(row), max_new_tokens=9, do_sample=False, eos_token_id=2)
+        assert answer == expected[0, len(prompt) :].tolist()
+
+
+def test_samples_follow_the_exact_distribution():
+    """Chi-squared of the first two tokens of 4,000 answers against the model's own probabilities; and groups differ."""
+    model, prompt = make_model("qwen3", initializer_range=0.15), [5, 6, 7]
+    out = sample(model, [prompt], group_size=4000, max_new_tokens=2, max_rows=4000)
+    plain = make_model("qwen3", tree=False, initializer_range=0.15)
+    first = torch.softmax(plain(torch.tensor([prompt])).logits[0, -1].double(), -1)
+    observed = torch.bincount(out.ids_NT[:, 0], minlength=61).double()
+    common = int(observed.argmax())
+    second = torch.softmax(plain(torch.tensor([[*prompt, common]])).logits[0, -1].double(), -1)
+    following = torch.bincount(out.ids_NT[out.ids_NT[:, 0] == common, 1], minlength=61).double()
+    for counts, probs in ((observed, first), (following, second)):
+        expected = probs * counts.sum()
+        big = expected >= 5
+        counts = torch.cat([counts[big], counts[~big].sum()[None]])
+        expected = torch.cat([expected[big], expected[~big].sum()[None]])
+        chi2, freedom = float(((counts - expected) ** 2 / expected.clamp(min=1e-9)).sum()), len(counts) - 1
+        assert chi2 < freedom + 4 * (2 * freedom) ** 0.5  # about four standard deviations
+    assert len(set(out.ids_NT[:64, 0].tolist())) > 5, "the first tokens of a group must differ"
+
+
+def test_batch_composition_and_refill_do_not_change_a_sample():
+    """Rows draw from their own uniforms: with few slots, refilled as groups end, every answer stays the same."""
+    model = make_model("qwen3")
+    draw = np.random.default_rng(0)
+    prompts = [[*PREFIX, *draw.integers(3, 60, n).tolist()] for n in (1, 4, 2, 6, 3, 2, 5)]
+    whole = sample(model, prompts, group_size=2, max_new_tokens=20)
+    assert len(set(whole.lengths_N.tolist())) > 3, "lengths must differ, or nothing is refilled"
+    for max_rows in (2, 4, 6):
+        assert torch.equal(sample(model, prompts, group_size=2, max_new_tokens=20, max_rows=max_rows).ids_NT, whole.ids_NT)
+    alone = sample(model, prompts[3:4], group_size=2, max_new_tokens=20, first_row=6)
+    assert alone.answers() == whole.answers()[3:4]
+
+
+def test_seeds_and_steps_change_samples_and_repeat():
+    """The table of uniforms depends on (seed, step, row) and on nothing else."""
+    table = rollout.uniforms(1, 2, range(3), 4)
+    assert np.array_equal(table[2:], rollout.uniforms(1, 2, [2], 4))
+    assert not np.array_equal(table, rollout.uniforms(1, 3, range(3), 4))
+    assert not np.array_equal(table, rollout.uniforms(2, 2, range(3), 4))
+
+
+def test_choose_tokens_is_the_inverse_cdf():
+    """Uniforms at and around the steps of the CDF; a token of probability 0 is never drawn."""
+    logits = torch.tensor([0.25, 0.0, 0.5, 0.25, 0.0]).log().expand(5, -1)
+    uniforms = torch.tensor([0.0, 0.2499, 0.2501, 0.76, 1 - 2**-53], dtype=torch.float64)
+    ids, logps = rollout.choose_tokens(logits, uniforms, 1.0)
+    assert ids.tolist() == [0, 0, 2, 3, 3]
+    torch.testing.assert_close(logps.exp(), torch.tensor([0.25, 0.25, 0.5, 0.25, 0.25]))
+
+
+def test_ends_lengths_and_padding():
+    """ended tells an answer that closed itself from one cut at the limit; EOS is counted and kept."""
+    out = sample(make_model("qwen3"), PROMPTS["unequal"], group_size=8, max_new_tokens=20)
+    assert 0 < out.ended_N.sum() < len(out.ended_N)
+    for ids, n, ended in zip(out.ids_NT.tolist(), out.lengths_N.tolist(), out.ended_N.tolist(), strict=True):
+        assert (ids[n - 1] == 2) == ended and 2 not in ids[: n - 1] and not any(ids[n:])
+        assert ended or n == 20
+
+
+def test_bf16_stays_close_to_fp32():
+    """bfloat16 sampling: log-probabilities of its own tokens within 0.15 of float32's for these small random weights."""
+    model = make_model("qwen3", initializer_range=0.08)
+    half = make_model("qwen3", initializer_range=0.08).to(torch.bfloat16)
+    out = sample(half, PROMPTS["unequal"], group_size=4)
+    assert out.logprobs_NT.dtype == torch.float32
+    trained = through_tree(model, PROMPTS["unequal"], out.answers())
+    tree = rollout.Tree(PROMPTS["unequal"], out.answers())
+    assert float((trained - tree.pack(out.logprobs_NT[:, : int(out.lengths_N.max())])).abs().max()) < 0.15
+
+
+def test_memory_is_returned_after_a_call():
+    """No cache survives a call, neither on the model nor in a module variable."""
+    model = make_model("qwen3")
+
+    def tensors():
+        gc.collect()
+        return sum(isinstance(x, torch.Tensor) for x in gc.get_objects())
+
+    sample(model, PROMPTS["unequal"], group_size=4)
+    before = tensors()
+    sample(model, PROMPTS["unequal"], group_size=4)
+    assert tensors() <= before
+
+
+def test_progress_counts_every_token():
+    """The callback's sum is the number of tokens drawn."""
+    drawn = []
+    out = sample(make_model("qwen3"), PROMPTS["unequal"], group_size=2, progress=drawn.append)
+    assert sum(drawn) == int(out.lengths_N.sum())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"prompts": [[5], []]}, "empty prompt"),
+        ({"prompts": []}, "no prompts"),
+        ({"max_new_tokens": 0}, "max_new_tokens"),
+        ({"group_size": 0}, "group_size"),
+        ({"group_size": 9, "max_rows": 8}, "max_rows"),
+        ({"eos_id": None}, "eos_id"),
+        ({"max_new_tokens": 127}, "context"),
+    ],
+)
+def test_bad_input_is_refused(settings, message):
+    """Each refusal says what to change."""
+    with pytest.raises(ValueError, match=message):
+        sample(make_model("qwen3"), **{"prompts": [[5, 6]], **settings})
+
+
+def test_dropout_in_train_mode_is_refused():
+    """Sampling with dropout would score another model than the one trained."""
+    with pytest.raises(ValueError, match=r"model\.eval"):
+        sample(make_model("qwen3", attention_dropout=0.1).train(), [[5, 6]])
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes", "message"),
+    [
+        ("gemma2", {}, "softcapping"),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 0}, "sliding"),
+        ("gpt2", {}, "GPT2"),
+    ],
+)
+def test_unsupported_architectures_are_refused_by_name(architecture, changes, message):
+    """Before any work, not in the middle of a run."""
+    with pytest.raises(ValueError, match=message):
+        make_model(architecture, **changes)
+
+
+def test_window_shorter_than_the_sequence_is_refused():
+    """Mistral's window is harmless while it is longer than every sequence."""
+    sample(make_model("mistral", sliding_window=64), [[5, 6]])
+    with pytest.raises(ValueError, match="window"):
+        sample(make_model("mistral", sliding_window=4), [[5, 6]])
+
+
+def test_calling_the_model_without_a_tree_is_refused():
+    """The plain forward of a switched model would have no causal mask."""
+    with pytest.raises(ValueError, match="tree"):
+        make_model("qwen3")(torch.tensor([[5, 6]]))
+
+
+def test_common_prefix():
+    """Every prompt keeps a token of its own, since that token predicts the answer's first."""
+    cases = {(): 0, ((1, 2, 3), (1, 2, 4)): 2, ((1, 2), (1, 2)): 1, ((1,), (1, 2)): 0, ((1, 2, 3), (1, 2), (1, 2, 5)): 1}
+    for prompts, length in cases.items():
+        if prompts:
+            assert rollout.common_prefix_length([list(p) for p in prompts]) == length
+
+
+def test_file_works_alone(tmp_path):
+    """rollout.py is copied into other code bases: it needs no file of this project."""
+    shutil.copy(ROOT / "rollout.py", tmp_path)
+    code = "import rollout; print(rollout.common_prefix_length([[1, 2, 3], [1, 2, 4]]))"
+    out = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert out.stdout == "2\n", out.stderr
+    imports = Counter(
+        line.split()[1].split(".")[0]
+        for line in (ROOT / "rollout.py").read_text().splitlines()
+        if line.startswith(("import ", "from "))
+    )
+    assert set(imports) <= {"dataclasses", "numpy", "torch", "transformers"}
