@@ -524,9 +524,10 @@ def score_file(args):
     if tokens.truncated:
         print(f"{tokens.truncated} of {len(records)} documents were cut to fit the model's context", file=sys.stderr)
     done = partial.read_bytes().split(b"\n")[:-1] if partial.exists() else []  # an unfinished last line is dropped
-    if done and json.loads(done[0]) != settings:
-        raise TaskError(f"{partial}: is of a run with other settings ({done[0].decode()}); delete it or change --out")
-    done = done or [json.dumps(settings).encode()]
+    header = json.dumps(settings).encode()
+    if done and done[0] != header:
+        raise TaskError(f"{partial}: belongs to a run with other settings (its first line); delete it or change --out")
+    done = done or [header]
     with open(partial, "wb") as file:
         file.write(b"".join(line + b"\n" for line in done))
         bar = tqdm(total=len(records), initial=len(done) - 1, unit="pair", disable=None)
@@ -540,9 +541,10 @@ def score_file(args):
             file.flush()
             bar.update(len(batch))
         bar.close()
-    lines = partial.read_bytes().split(b"\n", 1)[1]
-    partial.write_bytes(lines)
-    os.replace(partial, out)
+    lines, temporary = partial.read_bytes().split(b"\n", 1)[1], Path(f"{out}.tmp")
+    temporary.write_bytes(lines)
+    os.replace(temporary, out)
+    partial.unlink()
     results = [json.loads(line) for line in lines.splitlines()]
     print(f"{out}: {len(results)} pairs, {sum(not r['well_formed'] for r in results)} malformed")
     gold = [{**r, "label": r["gold"]} for r in results if "gold" in r]

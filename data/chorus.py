@@ -141,8 +141,9 @@ def make(source, out):
     shutil.copyfile(source / "README.md", out / "README.md")
     shutil.copyfile(source / "LICENSE", out / "LICENSE")
     task = grm.Task.load(out)
-    texts = [f"user\nQuery: {r['query']}\nDocument: {r['document']}\nassistant\n{r['response']}" for r in demonstrations]
-    tokenizer = make_tokenizer([task.criteria, *texts])
+    # Every prompt holds the criteria, so their words are frequent words.
+    turns = [f"user\nQuery: {r['query']}\nDocument: {r['document']}\nassistant\n{r['response']}" for r in demonstrations]
+    tokenizer = make_tokenizer(f"system\n{task.criteria}\n{turn}" for turn in turns)
     tokenizer.save_pretrained(out / "model")
     make_config(tokenizer).save_pretrained(out / "model")
 

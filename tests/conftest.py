@@ -8,6 +8,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import rollout
 
+torch.set_num_threads(1)  # the models here are so small that more threads only wait for each other
+
 ROOT = Path(__file__).resolve().parent.parent
 NOTES = ROOT / "data" / "notes"
 

@@ -1,0 +1,1013 @@
+"""grm.py: what a task folder may hold, one prompt from every path, the parser on token ids, metrics, loading and scoring."""
+
+import ast
+import functools
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.metrics import accuracy_score, cohen_kappa_score, f1_score, ndcg_score
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+import grm
+from grm import PaddedEngine, Task, TaskError, TokenTask, judge, load_model, metrics
+
+ROOT = Path(grm.__file__).parent
+NOTES = ROOT / "data" / "notes"
+GRADES = ["-1", "0", "1", "2", "3"]
+QUICK = settings(max_examples=50, deadline=None, derandomize=True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """A model this small is several times slower on threads that wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+NO_SYSTEM = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    "<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n{{ m.content | trim }}<end_of_turn>\n{% endfor %}"
+    "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
+# What a stranger may write into a document to leave the user's turn, in the spelling of every tokenizer below.
+ESCAPES = ["<|im_end|>", "<|im_start|>", "<|endoftext|>", "<think>", "</think>", "<eos>", "<bos>", "<start_of_turn>"]
+ESCAPES += ["<end_of_turn>", "<unk>", "<<grm:document>>", "<<grm:answer>>", "<0x0A>", "</s>"]
+
+
+# Three tokenizers -----------------------------------------------------------------------------------------------------
+
+
+def byte_level_bpe(lines=()):
+    """As Qwen's: byte-level BPE, special tokens, and added tokens that are not special."""
+    text = [
+        "a warm winter coat 3 for winter 3 in oslo close the step with \\boxed{grade}",
+        "同城冬天的咖啡 咖啡馆 😀👍🏽 \\boxed{label}",
+    ]
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=340,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator([*text, *lines] * 3, trainer)
+    backend.add_tokens([AddedToken(token, special=False, normalized=False) for token in ("<think>", "</think>")])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=["<|im_start|>"],
+        clean_up_tokenization_spaces=False,
+    )
+    tokenizer.chat_template = CHATML
+    return tokenizer
+
+
+def unigram():
+    """As SentencePiece's: Unigram over pieces with the space in them, bytes for what no piece covers, special tokens among
+    the pieces, and a chat template that refuses a system turn, as Gemma's does."""
+    special = ["<unk>", "<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"]
+    bytes_ = [(f"<0x{byte:02X}>", -15.0) for byte in range(256)]
+    letters = [(c, -6.0) for c in "▁abcdefghijklmnopqrstuvwxyzTQDYW0123456789-{}\\.,:<>|_/咖啡"]
+    words = [(w, -4.0) for w in ("\\boxed", "▁\\boxed", "▁topic", "▁winter", "▁3", "▁the", "咖啡", "er", "in")]
+    backend = Tokenizer(models.Unigram([(s, 0.0) for s in special] + bytes_ + letters + words, unk_id=0, byte_fallback=True))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    backend.decoder = decoders.Sequence(parts)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token="<bos>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        additional_special_tokens=["<start_of_turn>", "<end_of_turn>"],
+        clean_up_tokenization_spaces=False,
+    )
+    tokenizer.chat_template = NO_SYSTEM
+    return tokenizer
+
+
+@functools.cache
+def notes():
+    """Model (fresh, seed 0) and tokenizer of the embedded task."""
+    return load_model(NOTES / "model", "cpu")
+
+
+def words():
+    """The embedded task's word-level tokenizer."""
+    return notes()[1]
+
+
+TOKENIZERS = {"words": words, "bpe": byte_level_bpe, "unigram": unigram}
+EACH = pytest.mark.parametrize("name", TOKENIZERS)
+
+
+def make_task(labels=GRADES, steps=("topic", "constraints", "promotion"), format="reason-first"):
+    criteria = "Work in steps and close every step with \\boxed{grade}."
+    return Task(Path("nowhere"), criteria, list(labels), list(labels[-2:]), list(steps), format)
+
+
+@functools.cache
+def make_tokens(name, labels=tuple(GRADES), format="reason-first"):
+    return TokenTask(make_task(labels, format=format), TOKENIZERS[name]())
+
+
+def answer(*labels, texts=("topic", "the winter", "a winter")):
+    return " ".join(f"{text} \\boxed{{{label}}}" for text, label in zip(texts, labels, strict=True))
+
+
+# The task folder ------------------------------------------------------------------------------------------------------
+
+FRONT = {"labels": '["-1", "0", "1"]', "relevant": '["1"]', "steps": "[topic, all]", "format": "reason-first"}
+
+
+def write_task(folder, body="Close with \\boxed{grade}.", **changes):
+    lines = [f"{name}: {value}" for name, value in {**FRONT, **changes}.items() if value is not None]
+    (folder / "criteria.md").write_text("---\n" + "\n".join(lines) + f"\n---\n{body}\n", encoding="utf-8")
+    return folder
+
+
+def test_load_reads_the_front_matter(tmp_path):
+    """Integer labels that stay integers and never equal a parsed label; a rule of --- in the body taken for the end."""
+    task = Task.load(write_task(tmp_path, "Use \\boxed{grade}.\n\n---\n\nBe strict.", labels="[-1, 0, 1]", relevant="[1]"))
+    assert (task.labels, task.relevant, task.steps) == (["-1", "0", "1"], ["1"], ["topic", "all"])
+    assert task.criteria == "Use \\boxed{grade}.\n\n---\n\nBe strict."
+    assert task.boxes == ["topic", "all"]
+    assert Task.load(write_task(tmp_path, format="answer-first")).boxes == ["label", "topic", "all"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"labels": "[a, b"}, "not YAML"),
+        ({"colour": "red"}, "and nothing else"),
+        ({"labels": None}, "labels needs two or more"),
+        ({"labels": "[1]", "relevant": "[1]"}, "labels needs two or more"),
+        ({"labels": "high"}, "labels must be a list"),
+        ({"labels": "[yes, no]", "relevant": "[]"}, "labels must be a list of strings or integers; quote"),
+        ({"labels": "[0.5, 1]"}, "labels must be a list"),
+        ({"labels": '["0", "1", "1"]'}, "labels must not repeat"),
+        ({"labels": '["0", "1", 1]'}, "labels must not repeat"),
+        ({"labels": '["0", "1", " 1"]'}, "labels must not repeat"),
+        ({"labels": '["0", "{1}"]', "relevant": '["0"]'}, "labels must not repeat a value nor contain braces"),
+        ({"labels": '["0", "1", ""]', "relevant": '["0"]'}, "labels must"),
+        ({"relevant": '["2"]'}, "relevant must be some of them"),
+        ({"steps": "[topic, topic]"}, "steps must not repeat"),
+        ({"steps": "[]"}, "needs at least one step"),
+        ({"steps": "topic"}, "steps must be a list"),
+        ({"format": "backwards"}, "format must be one of reason-first, answer-first, not 'backwards'"),
+        ({"format": None}, "format must be one of"),
+        ({"body": "Close every step with a box."}, "must tell the model to close each step"),
+    ],
+)
+def test_load_refuses(tmp_path, changes, message):
+    """A front matter that loads with another meaning: YAML's yes is True, 1 and "1" are one label, a misspelt field."""
+    with pytest.raises(TaskError, match=message) as caught:
+        Task.load(write_task(tmp_path, **changes))
+    assert str(caught.value).startswith(str(tmp_path / "criteria.md"))
+
+
+@pytest.mark.parametrize(
+    "text", ["No front matter, \\boxed{1}.", "---\nlabels: [1, 2]\n", "Title\n---\nlabels: [1]\n---\n", ""]
+)
+def test_load_needs_a_front_matter(tmp_path, text):
+    """An unclosed or absent front matter that ends as an unpacking error, or prose before it that is dropped."""
+    (tmp_path / "criteria.md").write_text(text)
+    with pytest.raises(TaskError, match=r"criteria\.md:1: must begin with a front matter"):
+        Task.load(tmp_path)
+
+
+def test_load_needs_a_readable_criteria_file(tmp_path):
+    """FileNotFoundError or UnicodeDecodeError in place of a line that says what a task is."""
+    with pytest.raises(TaskError, match=r"criteria\.md: not found; a task is a folder"):
+        Task.load(tmp_path)
+    (tmp_path / "criteria.md").write_bytes(b"---\nlabels: [1, 2]\nsteps: [a]\nformat: reason-first\n---\n\xff \\boxed{1}")
+    with pytest.raises(TaskError, match=r"criteria\.md"):
+        Task.load(tmp_path)
+
+
+GOOD = {"query": "q", "document": "d", "label": "1"}
+
+
+def read_lines(folder, *lines, fields=("label",), **changes):
+    data = [line if isinstance(line, bytes) else json.dumps(line).encode() for line in lines]
+    (folder / "x.jsonl").write_bytes(b"\n".join(data) + b"\n")
+    return Task.load(write_task(folder, **changes)).read(folder / "x.jsonl", fields)
+
+
+def test_read_returns_records_with_their_place(tmp_path):
+    """Integer labels unequal to parsed ones, blank lines counted out of the line numbers, Unicode line ends as line ends."""
+    strange = {"query": "a\u2028b\u0085c", "document": "\x0b咖啡 😀", "label": 1, "step_labels": [0, "1"], "query_id": 7}
+    lines = [json.dumps(strange, ensure_ascii=False).encode(), b"", b"  ", json.dumps(GOOD).encode() + b"\r"]
+    first, second = read_lines(tmp_path, *lines)
+    assert first == {**strange, "label": "1", "step_labels": ["0", "1"], "where": f"{tmp_path / 'x.jsonl'}:1"}
+    assert second == {**GOOD, "where": f"{tmp_path / 'x.jsonl'}:4"}
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b"{'query': 1}", "property name"),
+        (b'{"query": "q"', "delimiter"),
+        (b'["q", "d"]', "must be a JSON object"),
+        (b"3", "must be a JSON object"),
+        (b'{"query": "\xff", "document": "d", "label": "1"}', "utf-8"),
+        (b'{"query": "\\ud800", "document": "d", "label": "1"}', "surrogates"),
+        (b'{"query": "q", "document": "\\udfff x", "label": "1"}', "surrogates"),
+        (b"[" * 100_000, "recursion"),
+        (b'{"query": ' * 100_000, "recursion"),
+        (b"1" * 5000, "digits"),
+        ({**GOOD, "document": ""}, "'document' is missing, empty or not a string"),
+        ({**GOOD, "document": " \n"}, "'document' is missing, empty or not a string"),
+        ({**GOOD, "document": ["d"]}, "'document' is missing, empty or not a string"),
+        ({**GOOD, "query": None}, "'query' is missing, empty or not a string"),
+        ({"query": "q", "document": "d"}, "unknown label None; the labels are -1, 0, 1"),
+        ({**GOOD, "label": "2"}, "unknown label '2'"),
+        ({**GOOD, "label": True}, "unknown label True"),
+        ({**GOOD, "label": 1.0}, "unknown label 1.0"),
+        ({**GOOD, "label": ["1"]}, "unknown label"),
+        ({**GOOD, "step_labels": ["1"]}, "'step_labels' must be a list of 2 labels, for topic, all"),
+        ({**GOOD, "step_labels": ["1"] * 3}, "'step_labels' must be a list of 2 labels"),
+        ({**GOOD, "step_labels": "11"}, "'step_labels' must be a list of 2 labels"),
+        ({**GOOD, "step_labels": ["1", None]}, "unknown label None"),
+        ({**GOOD, "query_id": [1]}, "'query_id' must be"),
+    ],
+)
+def test_read_refuses(tmp_path, line, message):
+    """A bad line that ends the program with its own exception, or reaches the tokenizer, the metrics or the output file."""
+    with pytest.raises(TaskError, match=message) as caught:
+        read_lines(tmp_path, GOOD, line)
+    assert str(caught.value).startswith(f"{tmp_path / 'x.jsonl'}:2: ") and "\n" not in str(caught.value)
+
+
+def test_read_names_all_bad_lines_at_once(tmp_path):
+    """One error a run: a file of thousands of lines would need as many runs. Beyond 20 a count is enough."""
+    with pytest.raises(TaskError) as caught:
+        read_lines(tmp_path, b"{", GOOD, {**GOOD, "label": "9"}, b"\xff", GOOD, [])
+    places = [line.split(": ")[0].rsplit(":", 1)[1] for line in str(caught.value).split("\n")]
+    assert places == ["1", "3", "4", "6"]
+    with pytest.raises(TaskError) as caught:
+        read_lines(tmp_path, *[b"{"] * 25)
+    assert len(str(caught.value).split("\n")) == 21 and str(caught.value).endswith("... and 5 more")
+
+
+def test_read_fields_and_empty_files(tmp_path):
+    """A demonstration without its response, a file without pairs that trains on nothing, step_labels without label's box."""
+    with pytest.raises(TaskError, match="'response' is missing"):
+        read_lines(tmp_path, GOOD, fields=("response",))
+    assert read_lines(tmp_path, {**GOOD, "label": None}, fields=())[0].keys() == {"query", "document", "where"}
+    with pytest.raises(TaskError, match="unknown label 9"):
+        read_lines(tmp_path, {**GOOD, "label": 9}, fields=())
+    with pytest.raises(TaskError, match="3 labels, for label, topic, all"):
+        read_lines(tmp_path, {**GOOD, "step_labels": ["1", "1"]}, format="answer-first")
+    with pytest.raises(TaskError, match="unknown label True"):
+        read_lines(tmp_path, {**GOOD, "label": True}, labels='["True", "1"]')
+    with pytest.raises(TaskError, match="holds no pairs"):
+        read_lines(tmp_path, b"", b" ")
+    with pytest.raises(TaskError, match=r"absent\.jsonl: not found"):
+        Task.load(tmp_path).read(tmp_path / "absent.jsonl")
+
+
+# The embedded task ----------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def notes_files():
+    """The embedded task, its four files as records, and its token task."""
+    task = Task.load(NOTES)
+    fields = {"sft": ("response",), "train": ("label",), "test_random": ("label",), "test_longtail": ("label",)}
+    files = {name: task.read(NOTES / f"{name}.jsonl", fields[name]) for name in fields}
+    return task, files, TokenTask(task, words(), 512)
+
+
+def test_notes_is_made_byte_for_byte(tmp_path):
+    """Files edited by hand, or made in the order of a set, which differs from run to run."""
+    spec = importlib.util.spec_from_file_location("make_notes", NOTES / "make.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.make(tmp_path / "new")
+    made = [path for path in (tmp_path / "new").rglob("*") if path.is_file()]
+    names = {str(path.relative_to(tmp_path / "new")) for path in made}
+    assert names >= {"criteria.md", "sft.jsonl", "train.jsonl", "test_random.jsonl", "test_longtail.jsonl"}
+    assert names >= {"model/config.json", "model/tokenizer.json", "model/chat_template.jinja"}
+    for path in made:
+        assert path.read_bytes() == (NOTES / path.relative_to(tmp_path / "new")).read_bytes(), path
+
+
+def test_notes_sizes_and_no_leak():
+    """A test pair that is trained on, sets too small to tell methods apart, or weights added to the folder."""
+    _, files, _ = notes_files()
+    assert len(files["train"]) >= 4000 and len(files["sft"]) >= 4000
+    assert len(files["test_random"]) == len(files["test_longtail"]) == 500
+    pairs = [(r["query"], r["document"]) for records in files.values() for r in records]
+    assert len(set(pairs)) == len(pairs)
+    written = [path for path in NOTES.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    assert sum(path.stat().st_size for path in written) < 4_000_000
+    assert not [path for path in written if path.suffix in (".safetensors", ".bin", ".pt")]
+
+
+def test_notes_prompts_hold_the_criteria_and_no_unknown_word():
+    """Criteria dropped by a chat template, words of the task that the word-level tokenizer does not know, or a prompt that
+    leaves the model's context no room for an answer."""
+    task, files, tokens = notes_files()
+    criteria = words()(task.criteria, add_special_tokens=False).input_ids
+    assert words().unk_token_id not in criteria and len(criteria) > 100
+    for records in files.values():
+        for prompt in tokens.prompts(records):
+            at = next(i for i in range(len(prompt)) if prompt[i : i + len(criteria)] == criteria)
+            assert at < 5 and words().unk_token_id not in prompt and len(prompt) < 300
+    assert tokens.truncated == 0
+
+
+def test_notes_demonstrations_parse():
+    """Demonstrations in a form that the parser refuses: the warm-up would teach answers that RL then never rewards."""
+    task, files, tokens = notes_files()
+    seen = set()
+    for record in files["sft"]:
+        ids = tokens.response(record["response"])
+        trace = tokens.parse(ids)
+        assert trace.problem is None and len(trace.steps) == 3 and len(ids) <= 64
+        assert words().unk_token_id not in ids
+        assert all(ids[s.label_at] == tokens.label_ids[task.labels.index(s.label)] for s in trace.steps)
+        seen.add(trace.label)
+    assert seen == set(task.labels)
+    for name in ("train", "test_random", "test_longtail"):
+        assert all(r["step_labels"][-1] == r["label"] for r in files[name])
+        assert {r["label"] for r in files[name]} == set(task.labels)
+
+
+# The prompt -----------------------------------------------------------------------------------------------------------
+
+GOLDEN_PAIR = {"query": "winter ramen tokyo", "document": "Gifted: best RAMEN in tokyo, loved it <|im_end|>"}
+# fmt: off
+GOLDEN_IDS = [
+    1, 128, 150, 59, 66, 146, 13, 85, 19, 13, 102, 6, 149, 68, 132, 123, 17, 38, 50, 122, 148, 130, 59, 116, 51, 21, 12, 59,
+    151, 6, 136, 11, 130, 107, 136, 57, 10, 4, 13, 105, 136, 86, 130, 107, 37, 57, 8, 4, 20, 90, 136, 57, 5, 6, 41, 11, 13,
+    102, 34, 22, 56, 13, 98, 4, 13, 108, 17, 16, 25, 6, 50, 40, 129, 130, 85, 69, 112, 14, 43, 87, 59, 4, 33, 82, 29, 7, 6,
+    13, 42, 40, 36, 130, 59, 24, 7, 6, 13, 59, 86, 5, 121, 6, 101, 11, 13, 85, 129, 69, 118, 4, 58, 88, 15, 69, 35, 24, 8,
+    6, 130, 73, 59, 69, 130, 18, 6, 2, 1, 142, 102, 11, 147, 103, 135, 49, 11, 58, 11, 31, 103, 68, 135, 4, 77, 3, 3, 3, 3,
+    3, 3, 2, 1, 23,
+]
+# fmt: on
+
+
+class ScriptedEngine:
+    """Says what it is told and remembers what it was asked."""
+
+    def __init__(self, answers=(), logits=None):
+        self.answers, self.logits, self.prompts, self.sequences = list(answers), logits, None, None
+
+    def generate(self, prompts):
+        self.prompts = prompts
+        return self.answers
+
+    def label_logits(self, sequences, label_ids):
+        self.sequences = sequences
+        return torch.zeros(len(sequences), len(label_ids)) if self.logits is None else self.logits
+
+
+def test_golden_prompt_from_every_path():
+    """Training and scoring with prompts that differ by a space or a line break, and any silent change of either."""
+    _, _, tokens = notes_files()
+    assert tokens.prompt(**GOLDEN_PAIR) == GOLDEN_IDS
+    assert tokens.prompts([GOLDEN_PAIR, GOLDEN_PAIR]) == [GOLDEN_IDS, GOLDEN_IDS]
+    engine = ScriptedEngine([tokens.response(answer("3", "2", "1"))])
+    judge(tokens, engine, [GOLDEN_PAIR])
+    assert engine.prompts == [GOLDEN_IDS]
+    assert engine.sequences[0][: len(GOLDEN_IDS)] == GOLDEN_IDS
+
+
+@EACH
+def test_prompt_reads_as_the_template_renders_it(name):
+    """Pieces of the template glued with a lost or doubled line break, or in another order."""
+    tokens = make_tokens(name)
+    text = tokens.decode(tokens.prompt("winter", "the winter"))
+    task, user = tokens.task, "Query: winter\nDocument: the winter"
+    messages = [{"role": "system", "content": task.criteria}, {"role": "user", "content": user}]
+    if name == "unigram":
+        messages = [{"role": "user", "content": f"{task.criteria}\n\n{user}"}]
+    expected = tokens.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    if name == "bpe":
+        assert text == expected
+    if name == "words":
+        assert tokens.prompt("winter", "the winter") == words()(expected, add_special_tokens=False).input_ids
+    assert "".join(text.split()) == "".join(expected.lower().split() if name == "words" else expected.split())
+
+
+def test_end_of_turn_is_the_template_s():
+    """An answer closed by the tokenizer's eos where the chat model ends its turn with another token: it never stops."""
+    for name, end in {"words": "<|im_end|>", "bpe": "<|im_end|>", "unigram": "<end_of_turn>"}.items():
+        tokens = make_tokens(name)
+        assert tokens.eos_id == tokens.tokenizer.convert_tokens_to_ids(end)
+        assert tokens.response("winter")[-1] == tokens.eos_id
+    tokenizer = byte_level_bpe()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    assert TokenTask(make_task(), tokenizer).eos_id == tokenizer.eos_token_id
+    tokenizer.eos_token = None
+    with pytest.raises(TaskError, match="no end-of-sequence token"):
+        TokenTask(make_task(), tokenizer)
+
+
+def test_chat_templates_that_cannot_be_used():
+    """No template (a base model), or one that drops the criteria without a word."""
+    tokenizer = byte_level_bpe()
+    tokenizer.chat_template = None
+    with pytest.raises(TaskError, match="no chat template"):
+        TokenTask(make_task(), tokenizer)
+    silent = "{% for m in messages %}{% if m.role != 'system' %}<|im_start|>{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
+    for template in (silent, "{{ messages[0].content }}{{ messages[1].content }}{{ messages[1].content }}", "hello"):
+        tokenizer.chat_template = template
+        with pytest.raises(TaskError, match="drops or repeats"):
+            TokenTask(make_task(), tokenizer)
+
+
+def forbidden(tokens):
+    """Ids that no untrusted text may become: special and added ones but unk."""
+    tokenizer = tokens.tokenizer
+    return set(tokenizer.added_tokens_encoder.values()) | set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+
+
+def forbidden_in(tokens, ids):
+    unknown = tokens.tokenizer.unk_token_id
+    return [i for i in ids if i in forbidden(tokens) and i != unknown]
+
+
+@pytest.mark.parametrize("escape", ESCAPES)
+@EACH
+def test_special_tokens_in_a_pair_stay_text(name, escape):
+    """A document that closes the user's turn and writes the answer itself (untrusted text taken for control tokens)."""
+    tokens = make_tokens(name)
+    plain = forbidden_in(tokens, tokens.prompt("winter", "the winter"))
+    for text in (escape, f"winter{escape}winter", f"{escape}\n{escape} x", escape * 3):
+        assert forbidden_in(tokens, tokens.prompt(text, "the winter")) == plain
+        assert forbidden_in(tokens, tokens.prompt("winter", text)) == plain
+        assert forbidden_in(tokens, tokens.response(text)) == [tokens.eos_id]
+    if name == "bpe":
+        assert f"Document: a{escape}b<|im_end|>" in tokens.decode(tokens.prompt("winter", f"a{escape}b"))
+
+
+@EACH
+@given(st.lists(st.one_of(st.text(max_size=8), st.sampled_from(ESCAPES)), max_size=6).map("".join))
+@QUICK
+def test_no_text_becomes_a_special_token(name, text):
+    """The same for any text, such as special tokens inside each other or next to letters that lstrip or merge."""
+    tokens = make_tokens(name)
+    plain = forbidden_in(tokens, tokens.prompt("winter", "the winter"))
+    assert forbidden_in(tokens, tokens.prompt(text, text)) == plain
+    assert forbidden_in(tokens, tokens.response(text)) == [tokens.eos_id]
+    if name == "bpe":
+        assert tokens.decode(tokens.response(text)) == text + "<|im_end|>"
+
+
+@EACH
+def test_only_the_document_is_cut(name):
+    """A cut that takes the end of the turn, the query or the criteria, or is not counted."""
+    tokens = TokenTask(make_task(), TOKENIZERS[name](), None)
+    short = tokens.prompt("winter", "the winter")
+    long = tokens.prompt("winter", "the winter " + "winter " * 50)
+    assert tokens.truncated == 0
+    tokens.max_prompt_tokens = len(short) + 10
+    cut = tokens.prompt("winter", "the winter " + "winter " * 50)
+    assert len(cut) == tokens.max_prompt_tokens and tokens.truncated == 1
+    tail = tokens._pieces[2]
+    assert cut[-len(tail) :] == tail == short[-len(tail) :]
+    assert cut[: -len(tail)] == long[: len(cut) - len(tail)]
+    tokens.max_prompt_tokens = len(long)
+    assert tokens.prompt("winter", "the winter " + "winter " * 50) == long and tokens.truncated == 1
+
+
+def test_criteria_and_query_that_do_not_fit_name_the_record():
+    """A prompt without any document, or of negative length, that is scored all the same."""
+    tokens = TokenTask(make_task(), words(), len(make_tokens("words").prompt("winter", "winter")))
+    tokens.prompt("winter", "winter " * 90)
+    with pytest.raises(TaskError, match=r"x\.jsonl:7: the criteria and the query alone fill"):
+        tokens.prompts([{"query": "winter tokyo", "document": "winter", "where": "x.jsonl:7"}])
+
+
+# The parser -----------------------------------------------------------------------------------------------------------
+
+
+def check_trace(tokens, ids, labels):
+    """Spans that tile the answer from 0 through the last box, each closed by its own box, with the label where it stands."""
+    trace = tokens.parse(ids)
+    assert trace.problem is None, trace.problem
+    assert [step.label for step in trace.steps] == list(labels)
+    start = 0
+    for step in trace.steps:
+        assert step.start == start < step.end
+        span = "".join(tokens.decode(ids[step.start : step.end]).split())
+        label = "".join(step.label.split())
+        assert span.endswith(f"\\boxed{{{label}}}") and span.count("\\boxed") == 1
+        assert ids[step.label_at] == tokens.label_ids[tokens.task.labels.index(step.label)]
+        assert "".join(tokens.decode(ids[step.label_at : step.end]).split()) == label + "}"
+        start = step.end
+    assert "}" not in tokens.decode(ids[start:])
+    return trace
+
+
+@EACH
+@pytest.mark.parametrize("labels", [("3", "2", "-1"), ("-1", "-1", "-1"), ("0", "1", "3")])
+def test_parse_spans_and_labels(name, labels):
+    """Spans off by a token (credit on the wrong step), a minus sign lost, the label of another step."""
+    tokens = make_tokens(name)
+    trace = check_trace(tokens, tokens.response(answer(*labels)), labels)
+    assert trace.label == labels[-1]
+    assert grm.reward(trace, labels[-1]) == 1.0 and grm.reward(trace, "9") == 0.0
+    assert grm.step_verdicts(trace, ("3", "2", "-1")) == [a == b for a, b in zip(labels, ("3", "2", "-1"), strict=True)]
+
+
+@EACH
+def test_parse_among_multi_byte_text(name):
+    """Positions counted in characters where a character is several tokens or a token half a character."""
+    tokens = make_tokens(name)
+    texts = ("咖啡😀3", "3 👍🏽\n冬 3 -1 {é", "}} 3 ñ\u0301 😀")
+    trace = check_trace(tokens, tokens.response(answer("3", "-1", "3", texts=texts) + " 😀"), ("3", "-1", "3"))
+    assert trace.steps[-1].end < len(tokens.response(answer("3", "-1", "3", texts=texts) + " 😀")) - 1
+
+
+@EACH
+def test_parse_answer_first(name):
+    """The last step's verdict taken for the answer where the answer comes first."""
+    tokens = make_tokens(name, format="answer-first")
+    trace = check_trace(tokens, tokens.response("\\boxed{2} " + answer("3", "1", "0")), ("2", "3", "1", "0"))
+    assert trace.label == "2" and grm.reward(trace, "2") == 1.0 and grm.reward(trace, "0") == 0.0
+    assert tokens.parse(tokens.response(answer("3", "1", "0"))).problem == "missing boxes"
+
+
+@EACH
+def test_parse_malformed(name):
+    """Credit for an answer that is cut off, boxes too little or too much, or goes on behind its end."""
+    tokens = make_tokens(name)
+    good = tokens.response(answer("3", "2", "1"))
+    box, end = tokens.response("\\boxed{1}")[:-1], tokens.eos_id
+    unknown = tokens.response(answer("3", "7", "1"))
+    malformed = {
+        "not ended": [[], good[:-1], [*good, good[0]], [end, *good[:-1]]],
+        "missing boxes": [[end], [*good[good.index(good[-2]) + 1 : -1], end], tokens.response("the winter")],
+        "too many boxes": [[*good[:-1], *box, end], [*box, *good]],
+        "unknown label": [unknown, tokens.response(answer("3", "", "1")), tokens.response(answer("3", "2 2", "1"))],
+        "a token that does not belong into an answer": [
+            [*good, end],
+            [*good[:3], end, *good[3:]],
+            [len(tokens.tokenizer), *good],
+            [10**12, *good],
+            [-1, *good],
+            [-len(tokens.tokenizer), *good],
+        ],
+    }
+    for problem, rows in malformed.items():
+        for ids in rows:
+            trace = tokens.parse(ids)
+            assert (trace.problem, trace.steps, trace.label) == (problem, [], None), ids
+            assert grm.reward(trace, "1") == 0.0 and grm.step_verdicts(trace, ["1"] * 3) == []
+    for broken in ("\\boxed{3", "\\boxed 3}", "boxed{3}", "\\boxed{{3}}"):
+        text = answer("3", "2", "1").replace("\\boxed{3}", broken)
+        # The word-level tokenizer knows no "{" by itself and reads <unk> inside the last one's box.
+        assert tokens.parse(tokens.response(text)).problem in ("missing boxes", "unknown label")
+
+
+@EACH
+@given(st.data())
+@QUICK
+def test_parse_takes_any_integers(name, data):
+    """An exception out of the decoder for ids that a model with a padded vocabulary can really sample."""
+    tokens = make_tokens(name)
+    pieces = tokens.response(answer("3", "-1", "1"))
+    ids = st.one_of(st.sampled_from(pieces), st.integers(0, len(tokens.tokenizer) - 1), st.integers(-(2**70), 2**70))
+    row = data.draw(st.lists(st.one_of(ids, st.just(tokens.eos_id)), max_size=40)) + data.draw(st.sampled_from([[], pieces]))
+    trace = tokens.parse(row)
+    assert isinstance(trace, grm.Trace)
+    assert (trace.problem is None) == (len(trace.steps) == 3) == (trace.label is not None)
+    if trace.problem is None:
+        assert trace.steps[0].start == 0 and row[-1] == tokens.eos_id
+        assert all(a.end == b.start for a, b in zip(trace.steps, trace.steps[1:], strict=False))
+
+
+FILLER = st.lists(st.one_of(st.text(max_size=6), st.sampled_from([*ESCAPES, " 3", "-1 ", "{", "}", "咖啡", "😀"])), max_size=4)
+
+
+@EACH
+@given(st.lists(FILLER.map("".join), min_size=4, max_size=4), st.lists(st.sampled_from(GRADES), min_size=3, max_size=3))
+@QUICK
+def test_parse_finds_the_boxes_in_any_text(name, texts, labels):
+    """Text around the boxes (braces, digits, half characters, spelled-out special tokens) that moves or hides a box."""
+    tokens = make_tokens(name)
+    *texts, rest = (text.replace("\\", "/") for text in texts)
+    check_trace_text = answer(*labels, texts=texts) + " " + rest.replace("}", ")")
+    check_trace(tokens, tokens.response(check_trace_text), labels)
+
+
+def test_a_box_closed_by_a_merged_token():
+    """A box whose brace is one token with the full stop behind it: missed, or found at a later step's brace."""
+    tokens = TokenTask(make_task(), byte_level_bpe(["x{3}. y{2}. z{1}."] * 5))
+    ids = tokens.response("a \\boxed{3}. b \\boxed{-1}. c \\boxed{1}.")
+    trace = tokens.parse(ids)
+    assert [step.label for step in trace.steps] == ["3", "-1", "1"]
+    assert [tokens.decode(ids[s.start : s.end]) for s in trace.steps] == ["a \\boxed{3}.", " b \\boxed{-1}.", " c \\boxed{1}."]
+    assert [tokens.decode(ids[s.label_at : s.end]) for s in trace.steps] == ["3}.", "-1}.", "1}."]
+
+
+def test_label_at_is_never_another_token():
+    """A label spelled with unusual tokens (" 3" for "3") whose usual token stands earlier in the same step: the label's
+    probabilities, and what the student learns, would be read in the middle of a word."""
+    tokens = make_tokens("bpe")
+    assert len(tokens.tokenizer(" 3").input_ids) == 1, "the tokenizer must know ' 3' as one token for this test to tell"
+    for text in ("x3 \\boxed{ 3}", "{3} \\boxed{ 3}", "\\boxed {3 \\boxed{ 3}"):
+        ids = tokens.response(f"{text} b \\boxed{{2}} c \\boxed{{1}}")
+        trace = tokens.parse(ids)
+        assert [step.label for step in trace.steps] == ["3", "2", "1"]
+        assert trace.steps[0].label_at in (None, ids.index(tokens.tokenizer(" 3").input_ids[0]))
+        assert all(step.label_at is not None for step in trace.steps[1:])
+
+
+@pytest.mark.parametrize("name", ["bpe", "unigram"])
+@pytest.mark.parametrize(
+    "labels", [("Irrelevant", "Complement", "Substitute", "Exact"), ("no", "a bit", "fully"), ("poor", "11", "22", "-3")]
+)
+def test_word_labels(name, labels):
+    """Labels of several tokens, also repeated ones, of which only a middle token or nothing is found."""
+    tokens = make_tokens(name, labels)
+    assert len(set(tokens.label_ids)) == len(labels)
+    for label in labels:
+        chosen = (labels[-1], label, labels[0])
+        check_trace(tokens, tokens.response(answer(*chosen)), chosen)
+    assert tokens.parse(tokens.response(answer(labels[0], labels[0].upper() + "!", labels[0]))).problem == "unknown label"
+
+
+@pytest.mark.parametrize(("name", "labels"), [("bpe", ("1", "10")), ("bpe", ("good", "gum", "bad")), ("unigram", ("11", "12"))])
+def test_labels_with_one_first_token_are_refused(name, labels):
+    """A distribution over labels read from one position where two labels share it."""
+    with pytest.raises(TaskError, match="first tokens coincide"):
+        make_tokens(name, labels)
+
+
+def test_a_merged_minus_sign_is_refused():
+    """As above where "{-" is one token: the other labels then all begin with "{", and the opening is only "\\\\boxed"."""
+    tokenizer = byte_level_bpe(["x{-1}y{-2}z{-3}"] * 5)
+    assert tokenizer.tokenize("{-1}")[0] == "{-"
+    with pytest.raises(TaskError, match="first tokens coincide"):
+        TokenTask(make_task(), tokenizer)
+    TokenTask(make_task(labels=GRADES[1:]), tokenizer)
+
+
+@pytest.mark.parametrize("labels", [("apple", "pear"), ("-1", "0", "apple"), ("A", "the"), ("A", "a")])
+def test_labels_that_the_tokenizer_cannot_spell_are_refused(labels):
+    """Labels that come back from their ids as <unk> or in another case: every answer would be malformed, silently."""
+    with pytest.raises(TaskError):
+        TokenTask(make_task(labels=labels), words())
+
+
+# Metrics --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_metrics_against_scikit_learn(seed):
+    """A macro F1 over absent classes, linear kappa weights, ties ordered by luck, queries without gain counted as 0."""
+    rng = np.random.default_rng(seed)
+    task, n = make_task(), 150
+    gold = rng.choice(5 if seed % 2 else 4, n, p=[0.5, 0.2, 0.1, 0.1, 0.1] if seed % 2 else [0.4, 0.3, 0.2, 0.1])
+    got = np.where(rng.random(n) < 0.5, gold, rng.integers(0, 5, n))
+    score = np.round(rng.normal(size=n) + gold, 0 if seed < 3 else 3)  # with ties, and with next to none
+    query = np.minimum(rng.integers(0, 12, n), 9)
+    gold[query == 3] = 0
+    records = [{"label": GRADES[g], "query_id": int(q)} for g, q in zip(gold, query, strict=True)]
+    out = metrics(task, records, [{"label": GRADES[g], "grade": s} for g, s in zip(got, score, strict=True)])
+    assert out["accuracy"] == pytest.approx(accuracy_score(gold, got))
+    assert out["macro_f1"] == pytest.approx(f1_score(gold, got, labels=np.unique(gold), average="macro", zero_division=0))
+    assert out["kappa"] == pytest.approx(cohen_kappa_score(gold, got, weights="quadratic", labels=range(5)))
+    assert out["binary_accuracy"] == pytest.approx(accuracy_score(gold >= 3, got >= 3))
+    gains = [ndcg_score([gold[query == q]], [score[query == q]], k=10) for q in range(10) if q != 3]
+    assert max(np.bincount(query)) > 10, "some query must have more documents than k"
+    assert out["ndcg@10"] == pytest.approx(np.mean(gains))
+    assert out["malformed"] == 0.0 and "step_accuracy" not in out
+    counts = {"gold": np.bincount(gold, minlength=5), "predicted": np.bincount(got, minlength=5)}
+    counts["right"] = np.bincount(gold[gold == got], minlength=5)
+    assert out["classes"] == {GRADES[y]: {k: v[y] for k, v in counts.items()} for y in range(5)}
+
+
+def test_metrics_of_malformed_answers():
+    """A malformed answer counted as the last label (index -1), left out of the mean, or as irrelevant and so right."""
+    task = make_task()
+    gold = ["-1", "0", "1", "2", "3", "3"]
+    records = [{"label": label, "step_labels": ["3", "1", label], "query_id": "q"} for label in gold]
+    right = [{"label": s} for s in ("3", "0")]
+    got = [{"label": None, "steps": []}] * 5 + [{"label": "3", "steps": [*right, {"label": "3"}]}]
+    out = metrics(task, records, [{**p, "grade": 0.0} for p in got])
+    assert out["accuracy"] == out["binary_accuracy"] == pytest.approx(1 / 6)
+    assert out["malformed"] == pytest.approx(5 / 6)
+    assert out["macro_f1"] == pytest.approx((2 / 3) / 5)
+    farthest = [4, 4, 4, 0, 0, 4]
+    assert out["kappa"] == pytest.approx(cohen_kappa_score([0, 1, 2, 3, 4, 4], farthest, weights="quadratic"))
+    assert out["step_accuracy"] == pytest.approx({"topic": 1 / 6, "constraints": 0.0, "promotion": 1 / 6})
+    assert out["classes"]["3"] == {"gold": 2, "predicted": 1, "right": 1}
+    assert 0 < out["ndcg@10"] < 1
+
+
+def test_metrics_without_signal_are_numbers():
+    """NaN in a results file: one class only, no gain in any query, a query of one document."""
+    records = [{"label": "-1", "query_id": 1}, {"label": "-1", "query_id": 2}]
+    out = metrics(make_task(), records, [{"label": "-1", "grade": 0.5}] * 2)
+    assert out["kappa"] == 0.0 and out["ndcg@10"] == 0.0 and out["accuracy"] == 1.0
+    assert grm.ndcg([0, 0], [1, 2]) is None and grm.ndcg([2], [0.1]) == 1.0
+
+
+def test_expected_grade():
+    """Ranks in place of the labels' own numbers (or numbers in place of ranks where labels are words)."""
+    assert make_task().grade([0.5, 0, 0, 0, 0.5]) == pytest.approx(1.0)
+    assert make_task(("no", "some", "all")).grade([0.5, 0, 0.5]) == pytest.approx(1.0)
+    np.testing.assert_allclose(make_task(("0", "10")).grade([[0.9, 0.1], [0, 1]]), [1.0, 10.0])
+
+
+# Models and judging ---------------------------------------------------------------------------------------------------
+
+
+def copy_model(folder):
+    """The embedded model's folder, to be broken."""
+    return Path(shutil.copytree(NOTES / "model", folder / "model"))
+
+
+def test_a_folder_without_weights_gives_a_fresh_model():
+    """A start that cannot be repeated, or one seed for all."""
+    same, other = (load_model(NOTES / "model", "cpu", seed=seed)[0].state_dict() for seed in (0, 1))
+    first = notes()[0].state_dict()
+    assert all(torch.equal(first[name], same[name]) for name in first)
+    assert not torch.equal(first["model.embed_tokens.weight"], other["model.embed_tokens.weight"])
+    assert not notes()[0].training and notes()[0].dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: (folder / "config.json").unlink(), r"no config\.json"),
+        (lambda folder: (folder / "tokenizer.json").unlink(), "no tokenizer"),
+        (lambda folder: (folder / "pytorch_model.bin").write_bytes(b"\x80"), "only pickled weights"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"12"), "cannot be loaded"),
+        (lambda folder: (folder / "config.json").write_text("{"), "cannot be loaded"),
+        (lambda folder: edit_json(folder / "config.json", vocab_size=100), "more tokens"),
+        (lambda folder: shutil.rmtree(folder), "not a model folder|cannot be loaded"),
+    ],
+)
+def test_load_model_refuses(tmp_path, damage, message):
+    """A traceback from inside the libraries, unpickled weights, or fresh weights where trained ones were meant."""
+    damage(copy_model(tmp_path))
+    with pytest.raises(TaskError, match=message) as caught:
+        load_model(str(tmp_path / "model"), "cpu")
+    assert str(tmp_path / "model") in str(caught.value)
+
+
+def edit_json(path, **changes):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_load_model_without_chat_template(tmp_path):
+    """A base model's folder that is prompted with a template made up by a library."""
+    folder = copy_model(tmp_path)
+    (folder / "chat_template.jinja").unlink()
+    with pytest.raises(TaskError, match="no chat template"):
+        TokenTask(make_task(), load_model(folder, "cpu")[1])
+
+
+def test_nothing_is_taken_from_generation_config(tmp_path):
+    """Sampling settings shipped with a model (temperature, penalties, another eos) that change its answers silently."""
+    _, files, tokens = notes_files()
+    prompts = tokens.prompts(files["test_random"][:3])
+    plain = PaddedEngine(notes()[0], tokens.eos_id, 6).generate(prompts)
+    folder = copy_model(tmp_path)
+    notes()[0].save_pretrained(folder)
+    shipped = {"do_sample": True, "temperature": 9.0, "repetition_penalty": 5.0, "max_length": 3, "min_new_tokens": 2}
+    shipped |= {"eos_token_id": plain[0][1], "suppress_tokens": [plain[0][0]], "bad_words_ids": [[plain[1][0]]]}
+    (folder / "generation_config.json").write_text(json.dumps(shipped))
+    loaded, _ = load_model(folder, "cpu")
+    assert torch.equal(loaded.state_dict()["model.norm.weight"], notes()[0].state_dict()["model.norm.weight"])
+    assert PaddedEngine(loaded, tokens.eos_id, 6).generate(prompts) == plain
+
+
+def test_padded_batch_equals_one_by_one():
+    """Left padding that shifts positions, is attended to, or is read as the last token; masks made from pad ids."""
+    task, files, tokens = notes_files()
+    engine = PaddedEngine(notes()[0], tokens.eos_id, 8)
+    records = [{"query": "winter", "document": "kids"}, *files["test_longtail"][:4]]
+    assert len({len(prompt) for prompt in tokens.prompts(records)}) > 2
+    together = judge(tokens, engine, records)
+    alone = [judge(tokens, engine, [record])[0] for record in records]
+    for a, b in zip(together, alone, strict=True):
+        assert a["answer"] == b["answer"] and a["label"] == b["label"]
+        assert list(a["probs"]) == task.labels and sum(a["probs"].values()) == pytest.approx(1.0, abs=1e-12)
+        assert list(a["probs"].values()) == pytest.approx(list(b["probs"].values()), rel=1e-4)
+        assert a["grade"] == pytest.approx(sum(float(label) * p for label, p in a["probs"].items()))
+    ending = [*tokens.prompt("winter", "kids"), tokens.eos_id]  # ends with the id that also pads
+    with torch.no_grad():
+        logits = notes()[0](torch.tensor([ending])).logits[0, -1, tokens.label_ids]
+    padded = engine.label_logits([ending, [*ending, *ending]], tokens.label_ids)
+    torch.testing.assert_close(padded[0], logits, rtol=1e-4, atol=1e-5)
+
+
+def test_padding_does_not_move_positions():
+    """Positions counted over the padding: rotary ones hide it, a model with absolute positions does not."""
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=20, n_positions=32, n_embd=16, n_layer=1, n_head=2, initializer_range=0.5)
+    engine = PaddedEngine(GPT2LMHeadModel(config).eval(), 0, 4)
+    rows = [[3, 4], [5, 6, 7, 8, 9, 10, 11, 12], [13] * 5]
+    alone = torch.cat([engine.label_logits([row], [1, 2, 3]) for row in rows])
+    torch.testing.assert_close(engine.label_logits(rows, [1, 2, 3]), alone, rtol=1e-4, atol=1e-4)
+    assert engine.generate(rows) == [engine.generate([row])[0] for row in rows]
+
+
+@EACH
+def test_judge_reads_the_label_where_the_model_wrote_it(name):
+    """Probabilities read behind the label, before the opening, or at an earlier step's box."""
+    tokens = make_tokens(name)
+    good = tokens.response(answer("3", "2", "-1"))
+    broken = tokens.response("the winter")
+    records = [{"query": "winter", "document": "the winter"}] * 3
+    prompt = tokens.prompt("winter", "the winter")
+    logits = torch.tensor([[2.0, 0, 0, 0, 0]] * 3)
+    engine = ScriptedEngine([good, broken, broken[:-1]], logits)
+    ok, ended, cut = judge(tokens, engine, records)
+    at = len(prompt) + len(good) - 1 - len(tokens._tails[0])
+    assert engine.sequences[0] == [*prompt, *good][:at]
+    assert engine.sequences[1] == engine.sequences[2] == [*prompt, *broken[:-1], *tokens.opening]
+    assert (ok["label"], ok["well_formed"], ok["problem"]) == ("-1", True, None)
+    assert [step["label"] for step in ok["steps"]] == ["3", "2", "-1"]
+    assert [step["step"] for step in ok["steps"]] == tokens.task.steps
+    assert (ended["label"], ended["well_formed"], ended["problem"], ended["steps"]) == (None, False, "missing boxes", [])
+    assert (cut["label"], cut["problem"]) == (None, "not ended")
+    assert list(ok["probs"].values()) == pytest.approx(torch.softmax(logits[0], -1).tolist())
+    assert "steps" not in judge(tokens, ScriptedEngine([good] * 3), records, explain=False)[0]
+
+
+@EACH
+def test_answer_first_pays_for_no_generation(name):
+    """A whole answer generated for a score that one prefill gives, or the score read at another place when explained."""
+    tokens = make_tokens(name, format="answer-first")
+    record = {"query": "winter", "document": "the winter"}
+    engine = ScriptedEngine(logits=torch.tensor([[0.0, 0, 0, 4, 0]]))
+    engine.generate = None
+    result = judge(tokens, engine, [record], explain=False)[0]
+    expected = [[*tokens.prompt(**record), *tokens.opening]]
+    assert engine.sequences == expected
+    assert (result["label"], result["well_formed"]) == ("2", True)
+    engine = ScriptedEngine([tokens.response("\\boxed{1} " + answer("3", "1", "0"))])
+    explained = judge(tokens, engine, [record])[0]
+    assert engine.sequences == expected and explained["label"] == "1"
+    assert [step["label"] for step in explained["steps"]] == ["1", "3", "1", "0"]
+
+
+# The command line -----------------------------------------------------------------------------------------------------
+
+
+def run(monkeypatch, *arguments):
+    """grm.main() with these arguments; returns what it exits with (None: well)."""
+    monkeypatch.setattr(sys, "argv", ["grm.py", *map(str, arguments)])
+    try:
+        return grm.main()
+    except SystemExit as stop:
+        return stop.code
+
+
+def score_arguments(folder, *more):
+    _, files, _ = notes_files()
+    pairs = [{k: v for k, v in r.items() if k != "where"} | {"id": i} for i, r in enumerate(files["test_longtail"][:7])]
+    (folder / "in.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    settings = ["--max_new_tokens", 3, "--batch_size", 2, *more]
+    return ["score", "--model", NOTES / "model", "--task", NOTES, "--pairs", folder / "in.jsonl", *settings, "--out"]
+
+
+def stop_after(monkeypatch, batches):
+    """Ctrl-C in the batch behind `batches` ones."""
+    calls, original = [], grm.judge
+
+    def stopping(*args):
+        calls.append(args)
+        if len(calls) > batches:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    monkeypatch.setattr(grm, "judge", stopping)
+
+
+def test_score_resumes_as_if_never_stopped(tmp_path, monkeypatch, capsys):
+    """Lines lost, doubled or glued to half a line after a stop, or numbers that tell that there was one (a pair that is
+    scored in another batch is padded to another width, and its probabilities differ by rounding)."""
+    arguments = score_arguments(tmp_path)
+    assert run(monkeypatch, *arguments, tmp_path / "whole.jsonl") is None
+    assert "7 pairs, 7 malformed" in capsys.readouterr().out
+    whole = (tmp_path / "whole.jsonl").read_bytes()
+    results = [json.loads(line) for line in whole.splitlines()]
+    inputs = [json.loads(line) for line in (tmp_path / "in.jsonl").read_bytes().splitlines()]
+    for given_pair, result in zip(inputs, results, strict=True):
+        assert result["gold"] == given_pair["label"] and result["label"] is None and result["well_formed"] is False
+        assert all(result[name] == given_pair[name] for name in ("id", "query", "document", "step_labels"))
+        assert sum(result["probs"].values()) == pytest.approx(1.0) and "where" not in result and "answer" not in result
+
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        assert "stopped" in run(monkeypatch, *arguments, tmp_path / "out.jsonl")
+    assert not (tmp_path / "out.jsonl").exists()
+    stopped = (tmp_path / "out.jsonl.partial").read_bytes()
+    assert len(stopped.splitlines()) == 5, "the settings and two batches of two"
+    for name, kept in {"batches": stopped, "torn": stopped[:-40], "header": stopped[:9]}.items():
+        out, partial = tmp_path / f"{name}.jsonl", tmp_path / f"{name}.jsonl.partial"
+        partial.write_bytes(kept)
+        assert run(monkeypatch, *arguments, out) is None
+        assert not partial.exists()
+        assert out.read_bytes() == whole, name
+
+
+def test_score_refuses_to_mix_or_overwrite(tmp_path, monkeypatch, capsys):
+    """Results of two models in one file, or an earlier result gone."""
+    out = tmp_path / "out.jsonl"
+    with monkeypatch.context() as patch:
+        stop_after(patch, 1)
+        run(monkeypatch, *score_arguments(tmp_path), out)
+    before = Path(f"{out}.partial").read_bytes()
+    assert "other settings" in run(monkeypatch, *score_arguments(tmp_path, "--explain"), out)
+    assert Path(f"{out}.partial").read_bytes() == before and not out.exists()
+    out.write_text("mine")
+    assert "exists; delete it or choose another name" in run(monkeypatch, *score_arguments(tmp_path), out)
+    assert out.read_text() == "mine"
+    assert "folder does not exist" in run(monkeypatch, *score_arguments(tmp_path), tmp_path / "no" / "out.jsonl")
+
+
+def test_score_names_bad_pairs_before_any_work(tmp_path, monkeypatch, capsys):
+    """Hours of scoring that end at a bad line."""
+    arguments = score_arguments(tmp_path)
+    with open(tmp_path / "in.jsonl", "a") as file:
+        file.write("{\n" + json.dumps({"query": "winter " * 500, "document": "d"}) + "\n")
+    monkeypatch.setattr(grm, "judge", None)
+    assert "in.jsonl:8: " in run(monkeypatch, *arguments, tmp_path / "out.jsonl")
+    lines = (tmp_path / "in.jsonl").read_text().splitlines()
+    (tmp_path / "in.jsonl").write_text("\n".join([*lines[:7], lines[8]]))
+    assert "in.jsonl:8: the criteria and the query alone" in run(monkeypatch, *arguments, tmp_path / "out.jsonl")
+    assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+def test_score_explains(tmp_path, monkeypatch, capsys):
+    """The reasoning asked for and not written, or a metric printed for pairs without labels."""
+    arguments = score_arguments(tmp_path, "--explain")
+    (tmp_path / "in.jsonl").write_text('{"query": "winter 咖啡", "document": "kids \\u2028 in tokyo", "label": null}\n')
+    assert run(monkeypatch, *arguments, tmp_path / "out.jsonl") is None
+    assert "accuracy" not in capsys.readouterr().out
+    (result,) = map(json.loads, (tmp_path / "out.jsonl").read_text().split("\n")[:-1])
+    assert result["query"] == "winter 咖啡" and "gold" not in result
+    assert result["problem"] == "not ended" and result["answer"] and result["steps"] == []
+
+
+def test_score_survives_what_json_can_hold(tmp_path, monkeypatch, capsys):
+    """A lone surrogate in a field that is only passed through: it cannot be written as UTF-8, which ends the run midway."""
+    arguments = score_arguments(tmp_path)
+    (tmp_path / "in.jsonl").write_text('{"query": "winter", "document": "kids", "note": "\\ud800"}\n')
+    outcome = run(monkeypatch, *arguments, tmp_path / "out.jsonl")
+    assert outcome is None or "in.jsonl:1: " in outcome
+
+
+@pytest.mark.parametrize("batch_size", [0, -1])
+def test_score_refuses_a_batch_of_nothing(tmp_path, monkeypatch, capsys, batch_size):
+    """An empty result that looks complete, or a traceback out of range()."""
+    arguments = score_arguments(tmp_path)
+    arguments[arguments.index("--batch_size") + 1] = batch_size
+    assert run(monkeypatch, *arguments, tmp_path / "out.jsonl") is not None
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_judge_refuses_an_empty_query(monkeypatch, capsys):
+    """A traceback where one line says what is wrong."""
+    folders = ["--model", NOTES / "model", "--task", NOTES, "--max_new_tokens", 2]
+    assert "'query' is missing, empty" in str(run(monkeypatch, "judge", *folders, " ", "kids"))
+    assert run(monkeypatch, "judge", "--model", NOTES, "--task", NOTES, "q", "d").startswith(f"{NOTES}: no config.json")
+
+
+def test_copied_alone(tmp_path):
+    """An import of a project file, which would make this one useless where it is copied to."""
+    shutil.copy(ROOT / "grm.py", tmp_path)
+    command = [sys.executable, "grm.py", "judge", "--model", NOTES / "model", "--task", NOTES, "--max_new_tokens", "2"]
+    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
+    command += ["winter ramen", "ramen in winter"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=clean)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("malformed answer (not ended)")
+    shown = [line.split("|")[0].strip() for line in done.stdout.splitlines()[1:]]
+    assert shown == [*GRADES, "expected"]
+    tree = ast.parse((tmp_path / "grm.py").read_text())
+    froms = {n.module.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
+    plain = {a.name.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
+    third = (froms | plain) - sys.stdlib_module_names
+    assert third == {"torch", "transformers", "numpy", "yaml", "tqdm", "jinja2"}

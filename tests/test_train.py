@@ -1,0 +1,239 @@
+"""train.py end to end on a cut-down notes task: files, repeatability, resumption, refusals, and that RL raises the reward."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import NOTES, ROOT
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import grm
+import train
+
+SMALL = ["--sft_steps=4", "--sft_batch=4", "--rl_steps=4", "--prompts_per_step=3", "--group_size=2", "--eval_every=2"]
+
+
+def write(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+@pytest.fixture
+def task(tmp_path):
+    """The notes task with 24 records a file."""
+    folder = tmp_path / "task"
+    shutil.copytree(NOTES, folder, ignore=shutil.ignore_patterns("make.py", "train.json", "__pycache__"))
+    for path in folder.glob("*.jsonl"):
+        path.write_text("".join(path.read_text().splitlines(keepends=True)[:24]))
+    (folder / "train.json").write_text('{"max_new_tokens": 56}')
+    return folder
+
+
+def run(monkeypatch, task, out, *flags):
+    """train.py in this process."""
+    monkeypatch.setattr(sys, "argv", ["train.py", f"--task={task}", f"--out={out}", *SMALL, *flags])
+    train.main()
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_torchrun_writes_everything(task, tmp_path):
+    """`torchrun train.py` as a user starts it; every file that the README promises is there and can be read."""
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "torch.distributed.run", ROOT / "train.py", "--task", task, "--out", out, *SMALL]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "test_longtail" in done.stdout
+    assert not (out / "checkpoint").exists()
+    assert json.loads((out / "config.json").read_text())["group_size"] == 2
+    metrics = lines(out / "metrics.jsonl")
+    assert [(r["stage"], r["step"]) for r in metrics] == [(s, i) for s in ("sft", "rl") for i in range(1, 5)]
+    watched = {"reward", "frac_zero_std", "truncated", "masked", "entropy", "mismatch", "clipped", "grad_norm", "approx_kl"}
+    assert watched <= set(metrics[-1])
+    assert not any(key.endswith("_s") for r in metrics for key in r), "what a clock decides belongs into timing.jsonl"
+    assert {"sampling_s", "update_s", "evaluation_s"} <= {key for r in lines(out / "timing.jsonl") for key in r}
+    assert len(lines(out / "samples.jsonl")) == 2
+    assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
+    summary = json.loads((out / "summary.json").read_text())
+    assert set(summary) == {"sft", "rl"} and set(summary["rl"]) == {"test_random", "test_longtail"}
+    assert {"accuracy", "macro_f1", "kappa", "step_accuracy", "classes"} <= set(summary["sft"]["test_random"])
+    for name in ("sft", "model"):
+        model = AutoModelForCausalLM.from_pretrained(out / name)
+        assert model.generation_config.eos_token_id == 2
+        assert "assistant" in AutoTokenizer.from_pretrained(out / name).chat_template
+        assert "tree" not in (out / name / "config.json").read_text(), "the export must not ask for our attention"
+
+
+def test_same_seed_same_bytes_and_resume_equals_straight_run(task, tmp_path, monkeypatch):
+    """Two runs write the same metrics.jsonl, byte for byte; so does one that is stopped in SFT and again in RL."""
+    run(monkeypatch, task, tmp_path / "a", "--updates_per_batch=2", "--kl_coef=0.1")
+    run(monkeypatch, task, tmp_path / "b", "--updates_per_batch=2", "--kl_coef=0.1")
+    expected = (tmp_path / "a" / "metrics.jsonl").read_bytes()
+    assert (tmp_path / "b" / "metrics.jsonl").read_bytes() == expected
+
+    log = train.Run.log
+    for stage in ("sft", "rl"):
+
+        def stopping(self, name, record, stage=stage):
+            log(self, name, record)
+            self.stop |= name == "timing" and (record["stage"], record["step"]) == (stage, 2) and "update_s" in record
+
+        monkeypatch.setattr(train.Run, "log", stopping)
+        with pytest.raises(SystemExit, match="goes on"):
+            run(monkeypatch, task, tmp_path / "c", "--updates_per_batch=2", "--kl_coef=0.1")
+        with open(tmp_path / "c" / "metrics.jsonl", "a") as file:
+            file.write('{"stage": "rl", "step": 99}\n')  # as if killed later: what came after the checkpoint is redone
+    monkeypatch.setattr(train.Run, "log", log)
+    run(monkeypatch, task, tmp_path / "c", "--updates_per_batch=2", "--kl_coef=0.1")
+    assert (tmp_path / "c" / "metrics.jsonl").read_bytes() == expected
+    assert (tmp_path / "c" / "summary.json").read_bytes() == (tmp_path / "a" / "summary.json").read_bytes()
+
+
+def test_micro_batches_change_nothing_but_rounding(task, tmp_path, monkeypatch):
+    """LESSONS 7: the loss is normalised by the tokens of the whole batch, however it is cut."""
+    for name, budget in (("whole", 10**6), ("cut", 300)):
+        run(monkeypatch, task, tmp_path / name, f"--max_tokens={budget}", "--sft_lr=1e-3", "--lr=1e-3")
+    for a, b in zip(lines(tmp_path / "whole" / "metrics.jsonl"), lines(tmp_path / "cut" / "metrics.jsonl"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4, abs=1e-6)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+
+
+def test_master_weights_move_at_the_default_learning_rate(task, tmp_path, monkeypatch):
+    """LESSONS 2: at 1e-6 a step is below bfloat16's resolution; in float32 nearly all weights must have moved."""
+    run(monkeypatch, task, tmp_path / "a", "--sft_steps=1", "--rl_steps=0", "--sft_lr=1e-6")
+    fresh, _ = grm.load_model(task / "model", seed=0)
+    trained = AutoModelForCausalLM.from_pretrained(tmp_path / "a" / "sft")
+    moved, total = 0, 0
+    for (name, a), b in zip(trained.named_parameters(), fresh.parameters(), strict=True):
+        if "embed" not in name:  # words that do not occur in the batch have no gradient
+            moved, total = moved + (a != b).sum().item(), total + a.numel()
+    assert moved > 0.99 * total
+
+
+def test_rl_alone_from_a_model_and_without_demonstrations(task, tmp_path, monkeypatch):
+    """A folder without sft.jsonl goes straight to RL; the summary then says what the model could before."""
+    (task / "sft.jsonl").unlink()
+    run(monkeypatch, task, tmp_path / "a", "--rl_steps=1")
+    assert set(json.loads((tmp_path / "a" / "summary.json").read_text())) == {"start", "rl"}
+
+
+def test_rl_raises_the_reward(task, tmp_path, monkeypatch):
+    """The sign of everything: demonstrations flip a coin between two labels, the labels do not, and RL finds out."""
+    criteria = '---\nlabels: ["0", "1"]\nrelevant: ["1"]\nsteps: []\nformat: answer-first\n---\nAnswer with \\boxed{grade}.\n'
+    (task / "criteria.md").write_text(criteria)
+    pairs = [{"query": "ramen", "document": f"{word} tips"} for word in ("sushi", "coffee", "paris", "tokyo")]
+    demonstrations = [{**p, "response": f"\\boxed{{{label}}}"} for p in pairs for label in (0, 1)]
+    write(task / "sft.jsonl", demonstrations)
+    write(task / "train.jsonl", [{**p, "label": 1} for p in pairs])
+    write(task / "test.jsonl", [{**p, "label": 1} for p in pairs])
+    for name in ("test_random", "test_longtail"):
+        (task / f"{name}.jsonl").unlink()
+    flags = ["--sft_steps=60", "--sft_lr=2e-3", "--rl_steps=30", "--lr=1e-3", "--group_size=8", "--prompts_per_step=4"]
+    run(monkeypatch, task, tmp_path / "a", *flags, "--sft_batch=8", "--eval_every=0")
+    rewards = [r["reward"] for r in lines(tmp_path / "a" / "metrics.jsonl") if r["stage"] == "rl"]
+    assert rewards[0] < 0.8 and rewards[-1] > 0.95
+    assert json.loads((tmp_path / "a" / "summary.json").read_text())["rl"]["test"]["accuracy"] == 1.0
+
+
+def break_file(name, change):
+    """A function that changes one file of a task."""
+    return lambda task: (task / name).write_text(change((task / name).read_text()))
+
+
+def second_line(text):
+    return lambda old: "\n".join([old.splitlines()[0], text, *old.splitlines()[2:]])
+
+
+PAIR = '"query": "ramen", "document": "sushi tips"'
+REFUSED = {
+    "malformed JSON": (break_file("train.jsonl", second_line("{oops")), [], r"train\.jsonl:2: "),
+    "unknown label": (break_file("train.jsonl", second_line(f'{{{PAIR}, "label": 7}}')), [], r"train\.jsonl:2: unknown label 7"),
+    "empty document": (
+        break_file("test_random.jsonl", second_line('{"query": "a", "document": " ", "label": 1}')), [],
+        r"test_random\.jsonl:2: 'document'",
+    ),
+    "unparsable response": (
+        break_file("sft.jsonl", second_line(f'{{{PAIR}, "response": "topic: \\\\boxed{{1}}"}}')), [],
+        r"sft\.jsonl:2: the response does not parse: missing boxes",
+    ),
+    "no step labels": (
+        break_file("train.jsonl", second_line(f'{{{PAIR}, "label": 1}}')), [], r"train\.jsonl:2: no step_labels; use --step_targets",
+    ),
+    "coinciding labels": (
+        break_file("criteria.md", lambda old: old.replace('"2", "3"]  #', '"2", "3", "3 stars"]  #')), [], "first tokens coincide",
+    ),
+    "no tokenizer": (lambda task: (task / "model" / "tokenizer.json").unlink(), [], "no tokenizer"),
+    "no chat template": (lambda task: (task / "model" / "chat_template.jinja").unlink(), [], "no chat template"),
+    "no model": (lambda task: None, ["--model=./nowhere"], "nowhere: not a model folder"),
+    "context": (
+        break_file("train.jsonl", second_line(f'{{"query": "{"ramen " * 500}", "document": "a", "label": 1, "step_labels": [1, 1, 1]}}')),
+        [], r"train\.jsonl:2: the criteria and the query alone",
+    ),
+    "no room for a prompt": (lambda task: None, ["--max_new_tokens=510"], "--max_new_tokens 510"),
+    "response too long": (lambda task: None, ["--max_new_tokens=20"], "more than --max_new_tokens"),
+    "group of one": (lambda task: None, ["--group_size=1"], "--group_size 1"),
+    "negative rate": (lambda task: None, ["--lr=-1"], "--lr -1.0"),
+    "nan": (lambda task: None, ["--temperature=nan"], "--temperature nan"),
+    "nothing to do": (lambda task: None, ["--sft_steps=0", "--rl_steps=0"], "nothing to do"),
+    "unknown setting": (break_file("train.json", lambda old: '{"learning_rate": 1}'), [], "unknown settings learning_rate"),
+    "no tests": (lambda task: [path.unlink() for path in task.glob("test*.jsonl")], [], "no test"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_bad_input_is_refused_before_work(case, task, tmp_path, monkeypatch):
+    """One clear message that names file and line or the flag; nothing half-written."""
+    change, flags, message = REFUSED[case]
+    change(task)
+    with pytest.raises(SystemExit) as caught:
+        run(monkeypatch, task, tmp_path / "out", *flags)
+    caught.match(message)
+    assert not (tmp_path / "out").exists()
+
+
+def test_unknown_flags_and_values_are_refused(task, tmp_path, monkeypatch, capsys):
+    """argparse must neither guess an abbreviation nor pass a flag by."""
+    for flags in (["--ruel=none"], ["--rule=all"], ["--group=4"], ["--lr=fast"]):
+        with pytest.raises((SystemExit, ValueError)) as caught:
+            run(monkeypatch, task, tmp_path / "out", *flags)
+        assert flags[0].split("=")[0] in capsys.readouterr().err + str(caught.value)
+
+
+def test_an_output_folder_of_another_run_is_refused(task, tmp_path, monkeypatch):
+    """Neither overwritten nor mixed: another run, a finished run, or any other files."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(SystemExit, match="other files"):
+        run(monkeypatch, task, out)
+    (out / "notes.txt").unlink()
+    run(monkeypatch, task, out, "--sft_steps=1", "--rl_steps=0")
+    with pytest.raises(SystemExit, match="finished"):
+        run(monkeypatch, task, out, "--sft_steps=1", "--rl_steps=0")
+    with pytest.raises(SystemExit, match="--seed 0"):
+        run(monkeypatch, task, out, "--sft_steps=1", "--rl_steps=0", "--seed=5")
+
+
+def test_batches_are_epochs_of_shuffles():
+    """Every record once an epoch, also across the seam of a batch, in an order that depends on the seed."""
+    records = list(range(10))
+    drawn = [r for step in range(5) for r in train.batch_at(records, 4, step, 0, 1)]
+    assert sorted(drawn[:10]) == records and sorted(drawn[10:]) == records and drawn[:10] != drawn[10:]
+    assert train.batch_at(records, 4, 0, 0, 1) != train.batch_at(records, 4, 0, 7, 1)
+
+
+def test_sampler_copy_follows_the_master_weights(task, tmp_path, monkeypatch):
+    """On CUDA the sampler is a bfloat16 copy; here it is made on CPU, and must follow every update."""
+    config = train.parse_config([f"--task={task}", f"--out={tmp_path / 'out'}", *SMALL])
+    one = train.Run(config)
+    one.half = True
+    one.sampler = train.copy.deepcopy(one.model).to(torch.bfloat16)
+    for p in one.model.parameters():
+        p.grad = torch.ones_like(p)
+    one.update(1e-2)
+    for ours, theirs in zip(one.sampler.parameters(), one.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs.to(torch.bfloat16))
