@@ -7,7 +7,7 @@ All that is trained or parsed is token ids: text is tokenised once, and ids are 
     python grm.py score --model DIR --task DIR --pairs IN.jsonl --out OUT.jsonl [--explain]
     python grm.py judge --model DIR --task DIR "query" "document"
 
-This file needs torch, transformers, numpy, pyyaml and tqdm only; copy it alone.
+This file needs torch, transformers (with jinja2), numpy, pyyaml and tqdm only; copy it alone.
 Shapes: N answers, Y labels.
 """
 
@@ -55,7 +55,11 @@ class Task:
         path = Path(folder) / "criteria.md"
         if not path.is_file():
             raise TaskError(f"{path}: not found; a task is a folder with a criteria.md")
-        parts = re.split(r"^---[ \t]*$", path.read_text(encoding="utf-8"), maxsplit=2, flags=re.MULTILINE)
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise TaskError(f"{path}: not UTF-8: {error}") from None
+        parts = re.split(r"^---[ \t]*$", text, maxsplit=2, flags=re.MULTILINE)
         if len(parts) != 3 or parts[0].strip():
             raise TaskError(f"{path}:1: must begin with a front matter between two lines of ---")
         try:
@@ -69,9 +73,10 @@ class Task:
             values = head.get(name, [])
             if not isinstance(values, list) or any(isinstance(v, bool) or not isinstance(v, str | int) for v in values):
                 raise TaskError(f"{path}: {name} must be a list of strings or integers; quote words such as yes and no")
-            if len(set(map(str, values))) < len(values) or any(BOX.match(f"\\boxed{{{v}}}") is None for v in values):
-                raise TaskError(f"{path}: {name} must not repeat a value nor contain braces")
-            return [str(v).strip() for v in values]
+            values = [str(v).strip() for v in values]
+            if len(set(values)) < len(values) or any(not v or set("{}") & set(v) for v in values):
+                raise TaskError(f"{path}: {name} must not repeat a value nor contain braces, nor an empty value")
+            return values
 
         task = cls(Path(folder), parts[2].strip(), *map(strings, ("labels", "relevant", "steps")), head.get("format"))
         if len(task.labels) < 2 or not set(task.relevant) <= set(task.labels):
@@ -232,16 +237,35 @@ class TokenTask:
         return plain
 
     def _read_labels(self):
-        """Find the ids of the box's opening and the first id of every label behind it."""
-        boxes = [self._encode(f"\\boxed{{{label}}}") for label in self.task.labels]
-        shared = next(i for i in range(min(map(len, boxes)) + 1) if len({tuple(box[: i + 1]) for box in boxes}) > 1)
-        self.opening, self._tails = boxes[0][:shared], [box[shared:] for box in boxes]
-        firsts = [tail[0] if tail else None for tail in self._tails]
-        opening = self.decode(self.opening).replace(" ", "")
-        if len(set(firsts)) < len(firsts) or None in firsts or len(opening) > len("\\boxed{"):
-            named = ", ".join(f"{label!r} = {tail}" for label, tail in zip(self.task.labels, self._tails, strict=True))
-            raise TaskError(f"criteria.md: labels whose first tokens coincide ({named}); rename them so that all differ")
-        self.label_ids = firsts
+        """Find the ids of "\\boxed{" and of every label behind it, tokenised by itself: merged with its brace ("{-" is one
+        token of many vocabularies), -1 would begin at another position than the other labels."""
+        self.opening = self._encode("\\boxed{")
+        self._labels = {label: self._behind_brace(label) for label in self.task.labels}
+        self.label_ids = [ids[0] if ids else None for ids in self._labels.values()]
+        if len(set(self.label_ids)) < len(self._labels) or any(
+            self.tokenizer.unk_token_id in ids for ids in self._labels.values()
+        ):
+            named = ", ".join(f"{label!r} = {ids}" for label, ids in self._labels.items())
+            raise TaskError(f"criteria.md: labels whose first tokens coincide, or are unknown ({named}); rename them")
+        # Labels as this tokenizer writes them: a word-level one may lower-case them or put spaces around a hyphen.
+        self._known = {self._boxed(self.answer(f"\\boxed{{{label}}}"))[-1]: label for label in self.task.labels}
+
+    def _behind_brace(self, text):
+        """Ids of a text behind "\\boxed{": no token spans the brace, and none brings a space (SentencePiece) with it."""
+        ids, start = self._encode("\\boxed{" + text), len(self.opening)
+        return ids[start:] if ids[:start] == self.opening else self._encode(text)
+
+    def answer(self, text):
+        """Ids of an answer's text, every label in a box tokenised by itself."""
+        pieces = re.split(r"(?<=\\boxed\{)([^{}]*)(?=\})", text)  # text, label, text, label, ..., text
+        out = self._encode(pieces[0])
+        for i, piece in enumerate(pieces[1:]):
+            out += self._labels.get(piece.strip() if i % 2 == 0 else None) or self._behind_brace(piece)
+        return out
+
+    def _boxed(self, ids):
+        """What stands in the complete boxes of some ids, without white space."""
+        return ["".join(text.split()) for text in BOX.findall(self.decode(ids))]
 
     def decode(self, ids):
         """Text of ids, special tokens included."""
@@ -265,7 +289,7 @@ class TokenTask:
 
     def response(self, text):
         """Ids of a demonstration's answer, closed by eos_id."""
-        return [*self._encode(text), self.eos_id]
+        return [*self.answer(text), self.eos_id]
 
     def prompts(self, records):
         """Prompt ids of records as `Task.read` returns them; TaskError names the record that does not fit."""
@@ -289,12 +313,12 @@ class TokenTask:
             return Trace(problem="a token that does not belong into an answer")
         steps, boxes = [], self.task.boxes
         for end in (i + 1 for i, token in enumerate(body) if token in self._closers):
-            found = BOX.findall(self.decode(body[:end]))
+            found = self._boxed(body[:end])
             if len(found) > min(len(steps) + 1, len(boxes)):
                 return Trace(problem="too many boxes")
             if len(found) > len(steps):
-                label = found[-1].strip()
-                if label not in self.task.labels:
+                label = self._known.get(found[-1])
+                if label is None:
                     return Trace(problem="unknown label")
                 start = steps[-1].end if steps else 0
                 steps.append(Step(start, end, label, self._find_label(body, start, end, label)))
@@ -303,10 +327,11 @@ class TokenTask:
         return Trace(steps, steps[-1 if self.task.format == "reason-first" else 0].label)
 
     def _find_label(self, ids, start, end, label):
-        tail = self._tails[self.task.labels.index(label)]
-        places = [i for i in range(start, end) if ids[i] == tail[0]]
-        count = tail.count(tail[0])  # a label may repeat its first token
-        return places[-count] if len(places) >= count else None
+        first = self._labels[label][0]
+        for at in range(end - 1, start, -1):
+            if ids[at] == first and "".join(self.decode(ids[start:at]).split()).endswith("\\boxed{"):
+                return None if "\\boxed" in self.decode(ids[at:end]) else at
+        return None
 
 
 def reward(trace, gold):
@@ -513,7 +538,11 @@ def score_file(args):
     """`grm.py score`: grade a JSON Lines file. Results go to OUT.partial, whose first line holds the settings; a stopped
     run goes on from there, and OUT appears when all is done."""
     out, partial = Path(args.out), Path(args.out + ".partial")
-    settings = {name: str(getattr(args, name)) for name in ("model", "task", "pairs", "explain", "max_new_tokens")}
+    settings = {
+        name: str(getattr(args, name)) for name in ("model", "task", "pairs", "explain", "max_new_tokens", "batch_size")
+    }
+    if args.batch_size < 1:
+        raise TaskError(f"--batch_size {args.batch_size}: must be at least 1")
     if out.exists():
         raise TaskError(f"--out {out}: exists; delete it or choose another name")
     if not out.absolute().parent.is_dir():
@@ -527,7 +556,8 @@ def score_file(args):
     header = json.dumps(settings).encode()
     if done and done[0] != header:
         raise TaskError(f"{partial}: belongs to a run with other settings (its first line); delete it or change --out")
-    done = done or [header]
+    # Whole batches only: another batch means other padding, and other last digits.
+    done = done[: 1 + (len(done) - 1) // args.batch_size * args.batch_size] or [header]
     with open(partial, "wb") as file:
         file.write(b"".join(line + b"\n" for line in done))
         bar = tqdm(total=len(records), initial=len(done) - 1, unit="pair", disable=None)
@@ -537,7 +567,7 @@ def score_file(args):
                 kept = {name: value for name, value in record.items() if name != "where"}
                 # `label` is the model's; a label that the input had is kept as `gold`
                 kept |= {"gold": kept.pop("label")} if "label" in kept else {}
-                file.write(json.dumps(kept | result, ensure_ascii=False).encode() + b"\n")
+                file.write(json.dumps(kept | result, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
             file.flush()
             bar.update(len(batch))
         bar.close()
@@ -555,7 +585,10 @@ def score_file(args):
 def judge_pair(args):
     """`grm.py judge`: one reasoned judgement, printed."""
     tokens, engine = _load_for_scoring(args)
-    record = tokens.task._check({"query": args.query, "document": args.document}, fields=())
+    try:
+        record = tokens.task._check({"query": args.query, "document": args.document}, fields=())
+    except ValueError as error:
+        raise TaskError(f"{error}") from None
     result = judge(tokens, engine, [record])[0]
     if result["problem"]:
         print(f"malformed answer ({result['problem']}): {result['answer']}")

@@ -45,25 +45,16 @@ You grade how well a product of an electronics shop answers a search query.
 Judge what the product is, not which words it mentions. Answer with \boxed{{grade}} only.
 """
 
+# About one epoch of SFT: more steps learn the training queries by heart.
 SETTINGS = {
-    "max_new_tokens": 16,
-    "eval_every": 10,
-    "sft_steps": 200,
-    "sft_batch": 32,
-    "sft_lr": 1e-3,
-    "rl_steps": 30,
-    "prompts_per_step": 32,
-    "group_size": 8,
-    "lr": 5e-5,
-}
+    "max_new_tokens": 16, "eval_every": 10, "sft_steps": 80, "sft_batch": 32, "sft_lr": 1.5e-3,
+    "rl_steps": 30, "prompts_per_step": 32, "group_size": 8, "lr": 5e-5,
+}  # fmt: skip
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-
-
-# The task folder ------------------------------------------------------------------------------------------------------
 
 
 def read_source(source):
@@ -84,15 +75,14 @@ def make_tokenizer(texts):
 
     Lower case on top of Qwen's NFC: a model that starts from nothing would have to learn that "USB Hub" is "usb hub".
     """
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     backend = Tokenizer(models.BPE())
     backend.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY, min_frequency=2, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-    )
+        vocab_size=VOCABULARY, min_frequency=2, special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False,
+    )  # fmt: skip
     backend.train_from_iterator(texts, trainer)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,
@@ -107,27 +97,18 @@ def make_tokenizer(texts):
 
 
 def make_config(tokenizer):
-    """A Qwen3 of 2.4 M parameters, 0.8 M of them embeddings."""
+    """A Qwen3 of 0.9 M parameters, 0.5 M of them embeddings."""
     return Qwen3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=192,
-        intermediate_size=512,
-        num_hidden_layers=4,
-        num_attention_heads=6,
-        num_key_value_heads=3,
-        head_dim=32,
-        max_position_embeddings=CONTEXT,
-        tie_word_embeddings=True,
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=320, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=32, max_position_embeddings=CONTEXT,
         initializer_range=0.06,  # at this width, Qwen's 0.02 learns several times slower
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        architectures=["Qwen3ForCausalLM"],
-    )
+        tie_word_embeddings=True, architectures=["Qwen3ForCausalLM"],
+        bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
 
 
 def make(source, out):
-    """Write the whole task folder into `out` from the pairs in `source` (pathlib.Paths): the same bytes every time."""
+    """Write the task folder `out` from the folder `source` (pathlib.Paths): the same bytes every time."""
     if out.resolve() == source.resolve():
         raise grm.TaskError(f"--out {out}: is PATH_TO_CHORUS itself, whose files would be overwritten")
     train, test = read_source(source)
@@ -136,10 +117,10 @@ def make(source, out):
     (out / "train.json").write_text(json.dumps(SETTINGS, indent=2) + "\n", encoding="utf-8")
     demonstrations = [{**r, "response": f"\\boxed{{{r['label']}}}"} for r in train]
     write_lines(out / "sft.jsonl", demonstrations, ("query", "document", "response"))
-    write_lines(out / "train.jsonl", train, ("query", "document", "label", "query_id"))
-    write_lines(out / "test.jsonl", test, ("query", "document", "label", "query_id"))
-    shutil.copyfile(source / "README.md", out / "README.md")
-    shutil.copyfile(source / "LICENSE", out / "LICENSE")
+    for name, records in (("train", train), ("test", test)):
+        write_lines(out / f"{name}.jsonl", records, ("query", "document", "label", "query_id"))
+    for name in ("README.md", "LICENSE"):
+        shutil.copyfile(source / name, out / name)
     task = grm.Task.load(out)
     # Every prompt holds the criteria, so their words are frequent words.
     turns = [f"user\nQuery: {r['query']}\nDocument: {r['document']}\nassistant\n{r['response']}" for r in demonstrations]
@@ -152,9 +133,6 @@ def write_lines(path, records, fields):
     """Write these fields of records as JSON Lines."""
     lines = (json.dumps({name: r[name] for name in fields}, ensure_ascii=False) for r in records)
     path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-
-
-# Baselines ------------------------------------------------------------------------------------------------------------
 
 
 def words(text):
@@ -220,10 +198,8 @@ def main():
     """Command line: `make` the task folder, or measure the `baselines`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    maker, measure = (
-        commands.add_parser("make", help="write the task folder"),
-        commands.add_parser("baselines", help="measure the baselines on its test set"),
-    )
+    maker = commands.add_parser("make", help="write the task folder")
+    measure = commands.add_parser("baselines", help="measure the baselines on its test set")
     maker.add_argument("source", type=Path, metavar="PATH_TO_CHORUS", help="folder with train.jsonl and test.jsonl")
     maker.add_argument("--out", type=Path, default=Path("data/chorus"), help="folder to write (default: data/chorus)")
     measure.add_argument("--task", type=Path, default=Path("data/chorus"), help="task folder (default: data/chorus)")

@@ -27,16 +27,6 @@ NOTES = ROOT / "data" / "notes"
 GRADES = ["-1", "0", "1", "2", "3"]
 QUICK = settings(max_examples=50, deadline=None, derandomize=True)
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """A model this small is several times slower on threads that wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -631,7 +621,7 @@ def test_label_at_is_never_another_token():
     tokens = make_tokens("bpe")
     assert len(tokens.tokenizer(" 3").input_ids) == 1, "the tokenizer must know ' 3' as one token for this test to tell"
     for text in ("x3 \\boxed{ 3}", "{3} \\boxed{ 3}", "\\boxed {3 \\boxed{ 3}"):
-        ids = tokens.response(f"{text} b \\boxed{{2}} c \\boxed{{1}}")
+        ids = [*tokens.tokenizer(f"{text} b \\boxed{{2}} c \\boxed{{1}}").input_ids, tokens.eos_id]
         trace = tokens.parse(ids)
         assert [step.label for step in trace.steps] == ["3", "2", "1"]
         assert trace.steps[0].label_at in (None, ids.index(tokens.tokenizer(" 3").input_ids[0]))
@@ -659,18 +649,18 @@ def test_labels_with_one_first_token_are_refused(name, labels):
         make_tokens(name, labels)
 
 
-def test_a_merged_minus_sign_is_refused():
-    """As above where "{-" is one token: the other labels then all begin with "{", and the opening is only "\\\\boxed"."""
+def test_a_merged_minus_sign_is_kept_apart():
+    """Where "{-" is one token, -1 would begin one position before the other labels, whose first token would be "{"."""
     tokenizer = byte_level_bpe(["x{-1}y{-2}z{-3}"] * 5)
     assert tokenizer.tokenize("{-1}")[0] == "{-"
-    with pytest.raises(TaskError, match="first tokens coincide"):
-        TokenTask(make_task(), tokenizer)
-    TokenTask(make_task(labels=GRADES[1:]), tokenizer)
+    tokens = TokenTask(make_task(), tokenizer)
+    assert [tokens.decode([i]) for i in tokens.label_ids] == ["-", "0", "1", "2", "3"]
+    check_trace(tokens, tokens.response(answer("3", "2", "-1")), ("3", "2", "-1"))
 
 
-@pytest.mark.parametrize("labels", [("apple", "pear"), ("-1", "0", "apple"), ("A", "the"), ("A", "a")])
+@pytest.mark.parametrize("labels", [("apple", "pear"), ("-1", "0", "apple"), ("A", "a")])
 def test_labels_that_the_tokenizer_cannot_spell_are_refused(labels):
-    """Labels that come back from their ids as <unk> or in another case: every answer would be malformed, silently."""
+    """Labels that come back from their ids as <unk>, or alike: every answer would be malformed, silently."""
     with pytest.raises(TaskError):
         TokenTask(make_task(labels=labels), words())
 
@@ -842,7 +832,7 @@ def test_judge_reads_the_label_where_the_model_wrote_it(name):
     logits = torch.tensor([[2.0, 0, 0, 0, 0]] * 3)
     engine = ScriptedEngine([good, broken, broken[:-1]], logits)
     ok, ended, cut = judge(tokens, engine, records)
-    at = len(prompt) + len(good) - 1 - len(tokens._tails[0])
+    at = len(prompt) + tokens.parse(good).steps[-1].label_at
     assert engine.sequences[0] == [*prompt, *good][:at]
     assert engine.sequences[1] == engine.sequences[2] == [*prompt, *broken[:-1], *tokens.opening]
     assert (ok["label"], ok["well_formed"], ok["problem"]) == ("-1", True, None)

@@ -149,9 +149,10 @@ def second_line(text):
 
 
 PAIR = '"query": "ramen", "document": "sushi tips"'
+LONG = f'{{"query": "{"ramen " * 500}", "document": "a", "label": 1, "step_labels": [1, 1, 1]}}'
 REFUSED = {
     "malformed JSON": (break_file("train.jsonl", second_line("{oops")), [], r"train\.jsonl:2: "),
-    "unknown label": (break_file("train.jsonl", second_line(f'{{{PAIR}, "label": 7}}')), [], r"train\.jsonl:2: unknown label 7"),
+    "unknown label": (break_file("train.jsonl", second_line(f'{{{PAIR}, "label": 7}}')), [], r"train\.jsonl:2: unknown"),
     "empty document": (
         break_file("test_random.jsonl", second_line('{"query": "a", "document": " ", "label": 1}')), [],
         r"test_random\.jsonl:2: 'document'",
@@ -161,17 +162,16 @@ REFUSED = {
         r"sft\.jsonl:2: the response does not parse: missing boxes",
     ),
     "no step labels": (
-        break_file("train.jsonl", second_line(f'{{{PAIR}, "label": 1}}')), [], r"train\.jsonl:2: no step_labels; use --step_targets",
+        break_file("train.jsonl", second_line(f'{{{PAIR}, "label": 1}}')), [], r"train\.jsonl:2: no step_labels; use --step",
     ),
     "coinciding labels": (
-        break_file("criteria.md", lambda old: old.replace('"2", "3"]  #', '"2", "3", "3 stars"]  #')), [], "first tokens coincide",
+        break_file("criteria.md", lambda old: old.replace('"3"]  #', '"3", "3 stars"]  #')), [], "first tokens coincide",
     ),
     "no tokenizer": (lambda task: (task / "model" / "tokenizer.json").unlink(), [], "no tokenizer"),
     "no chat template": (lambda task: (task / "model" / "chat_template.jinja").unlink(), [], "no chat template"),
     "no model": (lambda task: None, ["--model=./nowhere"], "nowhere: not a model folder"),
     "context": (
-        break_file("train.jsonl", second_line(f'{{"query": "{"ramen " * 500}", "document": "a", "label": 1, "step_labels": [1, 1, 1]}}')),
-        [], r"train\.jsonl:2: the criteria and the query alone",
+        break_file("train.jsonl", second_line(LONG)), [], r"train\.jsonl:2: the criteria and the query alone",
     ),
     "no room for a prompt": (lambda task: None, ["--max_new_tokens=510"], "--max_new_tokens 510"),
     "response too long": (lambda task: None, ["--max_new_tokens=20"], "more than --max_new_tokens"),
