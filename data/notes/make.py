@@ -73,7 +73,7 @@ def draw_pair(rng, topic_weights):
     topics = [t for group in CATEGORIES.values() for t in group]
     topic = rng.choices(topics, [topic_weights.get(t, 1.0) for t in topics])[0]
     siblings = next([t for t in group if t != topic] for group in CATEGORIES.values() if topic in group)
-    relation = rng.choices(["same", "related", "other"], [0.55, 0.25, 0.20])[0]
+    relation = rng.choices(["same", "related", "other"], [0.46, 0.27, 0.27])[0]
     others = [t for t in topics if t != topic and t not in siblings]
     note_topic = {"same": topic, "related": rng.choice(siblings), "other": rng.choice(others)}[relation]
 
@@ -128,12 +128,15 @@ def grades(pair, applies=lambda rule: True, rng=None):
 
 
 def write_response(pair, steps):
-    """The reasoning in words: facts in the order of the steps, each step closed by its grade."""
+    """The reasoning in words: facts in the order of the steps, each step closed by its grade. What the query asks for is
+    looked up in the note: "found", or what stands there in its place, or "none"."""
     want, have, relation = pair["topics"]
-    topic = f"topic: query {want} in {category_of(want)}, note {have} in {category_of(have)}, {relation}"
+    there = "found" if relation == "same" else f"{have} in {category_of(have)}"
+    topic = f"topic: {want} in {category_of(want)}, {there}, {relation}"
     parts = []
     for name, (asked, told, status) in pair["constraints"].items():
-        parts.append(f"{name}: any." if status == "any" else f"{name}: {asked}, {told}, {status}.")
+        there = "found" if status == "match" else told
+        parts.append(f"{name}: any." if status == "any" else f"{name}: {asked}, {there}, {status}.")
     texts = [topic, " ".join(parts), f"promotion: {pair['promotion']}"]
     return " ".join(f"{text} \\boxed{{{grade}}}" for text, grade in zip(texts, steps, strict=True))
 
@@ -224,7 +227,7 @@ def make(out):
         lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         (out / f"{name}.jsonl").write_text(lines, encoding="utf-8")
     body = CRITERIA.split("---\n", 2)[2]
-    statuses = "match silent contradicted any none same related other system user assistant query document note"
+    statuses = "found match silent contradicted any none same related other system user assistant query document note"
     words = [
         word for values in [list(CATEGORIES), *CATEGORIES.values(), *CONSTRAINTS.values(), PROMOTION, FILLER] for word in values
     ]
