@@ -125,10 +125,10 @@ def policy_loss(
     ref_kl_NT = 0.5 * log_ref_NT.square()
     loss = (kl_coef * ref_kl_NT - weights_NT * gain_NT).sum() / denominator
     with torch.no_grad():
-        stopped = (clipped_NT * credit_NT < ratio_NT * credit_NT).sum()
-        sums = (mask_NT.sum(), (0.5 * log_ratio_NT.square()).sum(), stopped, mismatch_NT.abs().sum())
-        sums = (*sums, (weights_NT * mask_NT).sum(), ref_kl_NT.sum())
-    return loss, LossStats(*(float(x) for x in sums))
+        stopped_NT = clipped_NT * credit_NT < ratio_NT * credit_NT
+        sums = (mask_NT, 0.5 * log_ratio_NT.square(), stopped_NT, mismatch_NT.abs(), weights_NT * mask_NT, ref_kl_NT)
+        sums = torch.stack([x.double().sum() for x in sums]).tolist()  # one transfer from the device
+    return loss, LossStats(*sums)
 
 
 def rollout_stats(rewards_PG, advantages_N, credit_NT, lengths_N, ended_N):
