@@ -67,15 +67,20 @@ def read(out, seeds):
 
 
 def table(results):
-    """The results as a Markdown table, mean +- standard deviation over seeds."""
+    """The results as a Markdown table, mean ± standard deviation over seeds. All rules start from the same fine-tuned
+    models, so the last column is paired: the difference to plain GRPO in mean accuracy over training, seed by seed."""
 
-    def cell(values):
-        return f"{np.mean(values):.3f} ± {np.std(values, ddof=1) if len(values) > 1 else 0:.3f}"
+    def cell(values, sign=""):
+        return f"{np.mean(values):{sign}.3f} ± {np.std(values, ddof=1) if len(values) > 1 else 0:.3f}"
 
-    lines = ["| | test_random | test_longtail | mean over training |", "|---|---|---|---|"]
+    lines = ["| | test_random | test_longtail | mean over training | its difference to plain GRPO |", "|---|---|---|---|---|"]
+    grpo = np.array([np.mean(r) for r in results["plain GRPO"]["reward"]])
     for name, rows in results.items():
-        over_training = cell([np.mean(r) for r in rows["reward"]]) if rows["reward"][0] else "-"
-        lines.append(f"| {name} | {cell(rows['test_random'])} | {cell(rows['test_longtail'])} | {over_training} |")
+        over = difference = "-"
+        if rows["reward"][0]:
+            mean = np.array([np.mean(r) for r in rows["reward"]])
+            over, difference = cell(mean), cell(mean - grpo, "+") if name != "plain GRPO" else "-"
+        lines.append(f"| {name} | {cell(rows['test_random'])} | {cell(rows['test_longtail'])} | {over} | {difference} |")
     return "\n".join(lines) + "\n"
 
 
