@@ -167,9 +167,10 @@ def fit_thresholds(scores, gold, classes):
 
 
 def baselines(task):
-    """Metrics on TASK/test.jsonl of two that need no model: {"majority": ..., "idf overlap": ...}, as grm.metrics has them.
+    """Metrics on TASK/test.jsonl of three that need no model: {"majority": ...}, as grm.metrics has them.
 
-    majority: the most frequent label of train.jsonl for every pair. idf overlap: the score itself orders the documents;
+    majority: the most frequent label of train.jsonl for every pair. always 0: the test set's own most frequent label, which
+    nobody can know; it shows how far the two sets' labels differ. idf overlap: the score itself orders the documents;
     thresholds with the highest accuracy on train.jsonl turn it into labels.
     """
     train, test = (task.read(task.folder / name) for name in ("train.jsonl", "test.jsonl"))
@@ -181,9 +182,17 @@ def baselines(task):
     grades = np.searchsorted(thresholds, scores, side="right")
     predictions = {
         "majority": [{"label": common, "grade": 0.0}] * len(test),
+        "always 0": [{"label": "0", "grade": 0.0}] * len(test),
         "idf overlap": [{"label": task.labels[g], "grade": s} for g, s in zip(grades, scores, strict=True)],
     }
     return {name: grm.metrics(task, test, rows) for name, rows in predictions.items()}
+
+
+def count_new_queries(task):
+    """(test queries with a word that no training query has, test queries)."""
+    train, test = ({r["query"].lower() for r in task.read(task.folder / name)} for name in ("train.jsonl", "test.jsonl"))
+    known = {word for query in train for word in query.split()}
+    return sum(not known.issuperset(query.split()) for query in test), len(test)
 
 
 def print_table(results):
@@ -211,6 +220,9 @@ def main():
         else:
             results = baselines(grm.Task.load(args.task))
             print(json.dumps(results, indent=1)) if args.json else print_table(results)
+            if not args.json:
+                new, queries = count_new_queries(grm.Task.load(args.task))
+                print(f"{new} of {queries} test queries have a word that no training query has")
     except grm.TaskError as error:
         sys.exit(f"{error}")
 
