@@ -439,6 +439,9 @@ def _check_sample(model, prompts, group_size, max_new_tokens, eos_id, max_rows):
         raise ValueError("call rollout.use_tree_attention(model) first")
 
 
+PREFILL_TOKENS = 32768  # of prompts prefilled at a time, padding of the attention counted: bounds the memory of a prefill
+
+
 class _Sampler:
     """The state of one call of `sample`: what is drawn (by row), who decodes (by place), and the cache."""
 
@@ -471,7 +474,8 @@ class _Sampler:
 
     def admit(self, free):
         """Prefill waiting prompts into free slots and draw the first token of each of their answers."""
-        slots_P = free[: len(self.prompts) - self.waiting]
+        fitting = max(1, PREFILL_TOKENS // self.decode.prompt_width)
+        slots_P = free[: min(fitting, len(self.prompts) - self.waiting)]
         chosen = range(self.waiting, self.waiting + len(slots_P))
         prefill = self.prefill([self.prompts[p][self.prefix :] for p in chosen], self.prefix, self.decode.prefix_cache)
         self.decode.store_prompts(slots_P, prefill)

@@ -194,29 +194,23 @@ def split_by_tokens(prompts, answers, max_tokens):
 class Engine:
     """Greedy answers and label logits with shared prefixes; the same two methods as grm.PaddedEngine."""
 
-    def __init__(self, model, eos_id, max_new_tokens, max_rows):
-        self.model, self.eos_id, self.max_new_tokens, self.max_rows = model, eos_id, max_new_tokens, max_rows
+    def __init__(self, model, eos_id, config):
+        self.model, self.eos_id, self.config = model, eos_id, config
 
     def generate(self, prompts):
         """Greedy answers, lists of ids."""
-        sampled = rollout.sample(
-            self.model,
-            prompts,
-            max_new_tokens=self.max_new_tokens,
-            eos_id=self.eos_id,
-            temperature=0,
-            max_rows=self.max_rows,
-        )
+        settings = {"max_new_tokens": self.config.max_new_tokens, "max_rows": self.config.max_rows}
+        sampled = rollout.sample(self.model, prompts, eos_id=self.eos_id, temperature=0, **settings)
         return [answer for (answer,) in sampled.answers()]
 
     @torch.no_grad()
     def label_logits(self, sequences, label_ids):
         """float32 logits [N, Y] of the label ids as the next token of each sequence."""
-        out = []
-        for start in range(0, len(sequences), self.max_rows):
-            batch = sequences[start : start + self.max_rows]
-            tree = rollout.Tree(batch, [[[label_ids[0]]]] * len(batch), self.model.device)
-            out.append(self.model.get_output_embeddings()(rollout.answer_hidden(self.model, tree))[:, label_ids].float().cpu())
+        answers, out = [[[label_ids[0]]]] * len(sequences), []  # one token to predict, whichever
+        for part in split_by_tokens(sequences, answers, self.config.max_tokens):
+            tree = rollout.Tree(sequences[part], answers[part], self.model.device)
+            hidden_ND = rollout.answer_hidden(self.model, tree)
+            out.append(self.model.get_output_embeddings()(hidden_ND)[:, label_ids].float().cpu())
         return torch.cat(out)
 
 
@@ -363,7 +357,7 @@ class Run:
 
     def evaluate(self):
         """Metrics of greedy answers, {test set: metrics}, on every test set of the task."""
-        engine = Engine(self.sampler, self.tokens.eos_id, self.config.max_new_tokens, self.config.max_rows)
+        engine = Engine(self.sampler, self.tokens.eos_id, self.config)
         tests, start = [name for name in self.data if name.startswith("test")], time.perf_counter()
         out = {name: grm.metrics(self.task, self.data[name], grm.judge(self.tokens, engine, self.data[name])) for name in tests}
         self.log("timing", {"stage": self.stage, "step": self.step, "evaluation_s": time.perf_counter() - start})
