@@ -74,7 +74,7 @@ class Config:
     lr: float = setting(1e-6, "peak learning rate of RL, same schedule")
     updates_per_batch: int = setting(1, "optimizer steps on each batch of answers")
     clip_low: float = setting(0.2, "the probability ratio is clipped at 1 - clip_low")
-    clip_high: float = setting(0.28, "the probability ratio is clipped at 1 + clip_high")
+    clip_high: float = setting(0.2, "the probability ratio is clipped at 1 + clip_high")
     normalize_std: bool = setting(True, "divide advantages by their group's standard deviation")
     advantage_clamp: float = setting(0.0, "limit advantages to +- this (0: no limit)")
     kl_coef: float = setting(0.0, "weight of the KL to the model at the start of RL (k2 estimator); keeps a frozen copy")

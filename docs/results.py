@@ -1,7 +1,7 @@
 """The README's results: seeds x credit rules on the embedded task, as a table and a picture.
 
     python docs/results.py --out runs/results                       # the default setting, five seeds
-    python docs/results.py --out runs/results-g4 --group_size 4     # any further flags go to train.py's RL stage
+    python docs/results.py --out runs/results-lr --group_size 4 --lr 4e-4     # further flags go to train.py's RL stage
 
 For each seed one SFT run, then from the same fine-tuned model one RL run for each rule. Runs that are done are not done
 again, so a stopped sweep goes on. Writes OUT/table.md and OUT/curves.png.

@@ -226,6 +226,24 @@ def test_batches_are_epochs_of_shuffles():
     assert train.batch_at(records, 4, 0, 0, 1) != train.batch_at(records, 4, 0, 7, 1)
 
 
+def test_both_engines_judge_alike(task):
+    """Evaluation in training (shared prefixes) and `grm.py score` (padded rows) must give the same grades."""
+    config = train.parse_config([f"--task={task}"])
+    records = grm.Task.load(task).read(task / "test_random.jsonl")
+    results = []
+    for tree in (True, False):
+        model, tokenizer = grm.load_model(task / "model", seed=1)
+        tokens = grm.TokenTask(grm.Task.load(task), tokenizer)
+        config.max_tokens = 500  # several batches
+        if tree:
+            engine = train.Engine(train.rollout.use_tree_attention(model), tokens.eos_id, config)
+        else:
+            engine = grm.PaddedEngine(model, tokens.eos_id, config.max_new_tokens)
+        results.append(grm.judge(tokens, engine, records))
+    for a, b in zip(*results, strict=True):
+        assert a["answer"] == b["answer"] and a["grade"] == pytest.approx(b["grade"], abs=1e-4)
+
+
 def test_sampler_copy_follows_the_master_weights(task, tmp_path, monkeypatch):
     """On CUDA the sampler is a bfloat16 copy; here it is made on CPU, and must follow every update."""
     config = train.parse_config([f"--task={task}", f"--out={tmp_path / 'out'}", *SMALL])
