@@ -25,6 +25,7 @@ import yaml
 from jinja2.exceptions import TemplateError
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.utils import logging as hf_logging
 
 BOX = re.compile(r"\\boxed\{([^{}]*)\}")
 FORMATS = ("reason-first", "answer-first")
@@ -619,6 +620,7 @@ def main():
     single.add_argument("query")
     single.add_argument("document")
     args = parser.parse_args()
+    hf_logging.disable_progress_bar()
     try:
         {"score": score_file, "judge": judge_pair}[args.command](args)
     except TaskError as error:

@@ -538,7 +538,7 @@ def draw_curves(out):
             points = [(r["step"], r[key]) for r in records if r["stage"] == stage and key in r]
             if points:
                 axis.plot(*zip(*points, strict=True), label=name, marker="o" if "/" in key else None, linewidth=1.3)
-        axis.set(title=title, xlabel="step")
+        axis.set(title=title, xlabel="step", yscale="log" if stage == "sft" else "linear")
         axis.grid(alpha=0.3)
         if axis.lines:
             axis.legend()
