@@ -57,7 +57,7 @@ class Task:
         if not path.is_file():
             raise TaskError(f"{path}: not found; a task is a folder with a criteria.md")
         try:
-            text = path.read_text(encoding="utf-8")
+            text = path.read_text(encoding="utf-8-sig")
         except UnicodeDecodeError as error:
             raise TaskError(f"{path}: not UTF-8: {error}") from None
         parts = re.split(r"^---[ \t]*$", text, maxsplit=2, flags=re.MULTILINE)
@@ -66,7 +66,12 @@ class Task:
         try:
             head = yaml.safe_load(parts[1])
         except yaml.YAMLError as error:
-            raise TaskError(f"{path}: the front matter is not YAML: {error}") from None
+            mark = getattr(error, "problem_mark", None)
+            line, problem = mark.line + 1 if mark else 1, getattr(error, "problem", None) or error
+            raise TaskError(f"{path}:{line}: the front matter is not YAML: {problem}") from None
+        keys = re.findall(r"^(\w+)\s*:", parts[1], flags=re.MULTILINE)
+        if len(set(keys)) < len(keys):
+            raise TaskError(f"{path}: the front matter names {max(keys, key=keys.count)} twice")
         if not isinstance(head, dict) or set(head) - {"labels", "relevant", "steps", "format"}:
             raise TaskError(f"{path}: the front matter holds labels, relevant, steps and format, and nothing else")
 
@@ -104,7 +109,7 @@ class Task:
         if not path.is_file():
             raise TaskError(f"{path}: not found")
         records, problems = [], []
-        for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+        for number, line in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
             if line.strip():
                 try:
                     records.append({**self._check(json.loads(line.decode("utf-8")), fields), "where": f"{path}:{number}"})
@@ -126,7 +131,9 @@ class Task:
             record[name].encode("utf-8")  # lone surrogates cannot be tokenised: UnicodeEncodeError is a ValueError
         if "label" in record and record["label"] is None and "label" not in fields:
             del record["label"]
-        if "label" in fields or "label" in record:
+        if "label" in fields and "label" not in record:
+            raise ValueError("'label' is missing")
+        if "label" in record:
             record["label"] = self._label(record.get("label"))
         if "step_labels" in record:
             steps = record["step_labels"]
@@ -226,7 +233,9 @@ class TokenTask:
 
     def _encode(self, text, special=False):
         """Ids of a text. Unless `special`, nothing in it can become an added token: what looks like one is spelled out."""
-        ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=not special).input_ids
+        # verbose=False: no warning about length; what is too long is cut or refused, and reported, in `prompt`
+        settings = {"add_special_tokens": False, "split_special_tokens": not special, "verbose": False}
+        ids = self.tokenizer(text, **settings).input_ids
         if special or self._added.isdisjoint(ids):
             return ids
         plain = []
@@ -426,7 +435,7 @@ def load_model(source, device=None, dtype=torch.float32, seed=0):
         if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
             raise TaskError(f"{source}: no tokenizer (tokenizer.json); save one with tokenizer.save_pretrained")
     elif folder.exists() or str(source).startswith((".", "/")):
-        raise TaskError(f"{source}: not a model folder")
+        raise TaskError(f"{source}: not a model folder; name one, or a hub model, with --model")
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         if not folder.is_dir() or list(folder.glob("*.safetensors")):
@@ -614,7 +623,9 @@ def main():
         sub.add_argument("--task", required=True, help="task folder (with criteria.md)")
         sub.add_argument("--max_new_tokens", type=int, default=128, help="longest answer, in tokens (default 128)")
     score.add_argument("--pairs", required=True, help="JSON Lines with query and document; a label is kept as gold")
-    score.add_argument("--out", required=True, help="JSON Lines to write; a stopped run goes on where it was")
+    score.add_argument(
+        "--out", required=True, help="JSON Lines to write; a stopped run is kept in OUT.partial, and goes on there"
+    )
     score.add_argument("--explain", action="store_true", help="write the reasoning steps too")
     score.add_argument("--batch_size", type=int, default=32, help="pairs a batch (default 32)")
     single.add_argument("query")

@@ -44,7 +44,7 @@ import sam
 
 def setting(default, text):
     """A field of Config with its help text."""
-    return field(default=default, metadata={"help": text})
+    return field(default=default, metadata={"help": text.replace("%", "%%")})  # argparse formats help texts
 
 
 @dataclass
@@ -83,23 +83,38 @@ class Config:
     max_grad_norm: float = setting(1.0, "gradients are clipped to this global norm")
 
 
+def read_defaults(parser, path):
+    """The settings of TASK/train.json, checked, as command-line arguments; none if there is no such file."""
+    if not path.is_file():
+        return []
+    try:
+        defaults = json.loads(path.read_text(encoding="utf-8-sig"))
+    except ValueError as error:
+        raise grm.TaskError(f"{path}: {error}") from None
+    if not isinstance(defaults, dict):
+        raise grm.TaskError(f"{path}: must be a JSON object of settings")
+    if unknown := set(defaults) - set(Config.__dataclass_fields__):
+        raise grm.TaskError(f"{path}: unknown settings {', '.join(sorted(unknown))}")
+    out = [f"--{name}={value}" for name, value in defaults.items()]
+    parser.exit_on_error = False  # its own message would blame the command line
+    try:
+        parser.parse_known_args(out)
+    except argparse.ArgumentError as error:
+        raise grm.TaskError(f"{path}: {error}") from None
+    parser.exit_on_error = True
+    return out
+
+
 def parse_config(argv=None):
     """Command line over TASK/train.json over defaults. Raises grm.TaskError for settings that are unknown or impossible."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--task", default=Config.task)
     task = Path(first.parse_known_args(argv)[0].task)
-    argv = sys.argv[1:] if argv is None else list(argv)
-    if (task / "train.json").is_file():
-        try:
-            defaults = json.loads((task / "train.json").read_text(encoding="utf-8"))
-            unknown = set(defaults) - set(Config.__dataclass_fields__)
-            argv = [f"--{name}={value}" for name, value in defaults.items()] + argv  # what comes later wins
-        except (ValueError, TypeError, AttributeError) as error:
-            raise grm.TaskError(f"{task / 'train.json'}: not a JSON object of settings: {error}") from None
-        if unknown:
-            raise grm.TaskError(f"{task / 'train.json'}: unknown settings {', '.join(sorted(unknown))}")
     parser = HfArgumentParser(Config, description=__doc__.split("\n")[0], allow_abbrev=False)
-    (config,) = parser.parse_args_into_dataclasses(argv)
+    argv, defaults = sys.argv[1:] if argv is None else list(argv), read_defaults(parser, task / "train.json")
+    config, unknown = parser.parse_args_into_dataclasses(defaults + argv, return_remaining_strings=True)  # the later wins
+    if unknown:
+        parser.error(f"unknown: {' '.join(unknown)}")
     config.model = config.model or str(task / "model")
     config.out = config.out or str(Path("runs") / task.resolve().name)
     at_least = dict.fromkeys(("max_new_tokens", "max_tokens", "max_rows", "sft_batch", "prompts_per_step"), 1)
@@ -234,7 +249,10 @@ class Run:
         self.half = self.model.device.type == "cuda"  # bf16 compute and sampling over float32 master weights
         self.sampler = copy.deepcopy(self.model).to(torch.bfloat16) if self.half else self.model
         self.reference = None
-        self.out.mkdir(parents=True, exist_ok=True)
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise grm.TaskError(f"--out {self.out}: {error.strerror}") from None
         self.new_optimizer()
         if resuming:
             self.resume()
@@ -252,6 +270,8 @@ class Run:
     def check_out(self):
         """Whether OUT holds this very run, unfinished; TaskError if it holds another one or a finished one."""
         path = self.out / "config.json"
+        if self.out.exists() and not self.out.is_dir():
+            raise grm.TaskError(f"--out {self.out}: not a folder")
         if not path.exists():
             if self.out.exists() and any(self.out.iterdir()):
                 raise grm.TaskError(f"--out {self.out}: holds other files; choose an empty or new folder")
