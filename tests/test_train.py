@@ -1,6 +1,7 @@
 """train.py end to end on a cut-down notes task: files, repeatability, resumption, refusals, and that RL raises the reward."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -45,7 +46,8 @@ def test_torchrun_writes_everything(task, tmp_path):
     """`torchrun train.py` as a user starts it; every file that the README promises is there and can be read."""
     out = tmp_path / "run"
     command = [sys.executable, "-m", "torch.distributed.run", ROOT / "train.py", "--task", task, "--out", out, *SMALL]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=tmp_path)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr
     assert "test_longtail" in done.stdout
     assert not (out / "checkpoint").exists()
