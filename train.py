@@ -49,7 +49,7 @@ def setting(default, text):
 
 @dataclass
 class Config:
-    """All settings of a run. The defaults are for Qwen-like models of 0.6 B to 8 B parameters; TASK/train.json may hold others."""
+    """All settings of a run. The defaults are for models of 0.6 B to 8 B parameters; TASK/train.json may hold others."""
 
     task: str = setting("data/notes", "task folder: criteria.md, train.jsonl, test*.jsonl, optionally sft.jsonl and train.json")
     model: str = setting("", "model folder or hub name; a folder without weights starts fresh (default: TASK/model)")
