@@ -24,6 +24,7 @@ key-value head, B blocks and C keys of a segment, D head size (for hidden states
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -331,20 +332,43 @@ def uniforms(seed, step, rows, width):
     return np.stack([np.random.default_rng([seed, step, row]).random(width) for row in rows])
 
 
-def choose_tokens(logits_RV, uniforms_R, temperature):
+def _truncate(logits_RV, top_k, top_p):
+    """-inf for all but the top_k most probable tokens (0: all), and of these the fewest that hold top_p of the mass."""
+    if top_k:
+        least_R1 = logits_RV.topk(min(top_k, logits_RV.shape[1])).values[:, -1:]
+        logits_RV = logits_RV.masked_fill(logits_RV < least_R1, float("-inf"))
+    if top_p < 1:
+        sorted_RV, order_RV = logits_RV.sort(descending=True)
+        probs_RV = torch.softmax(sorted_RV, -1)
+        beyond_RV = probs_RV.cumsum(-1) - probs_RV >= top_p  # the most probable one always stays
+        logits_RV = logits_RV.masked_fill(beyond_RV.scatter(1, order_RV, beyond_RV), float("-inf"))
+    return logits_RV
+
+
+def choose_tokens(logits_RV, uniforms_R, temperature, top_k=0, top_p=1.0):
     """Draw one token a row as the inverse CDF at its uniform; returns ids [R] and float32 log-probabilities [R].
 
-    temperature 0 takes the most probable token; its log-probability is then that at temperature 1.
+    The log-probabilities are of the distribution drawn from. temperature 0 takes the most probable token; its
+    log-probability is then that at temperature 1.
     """
-    logps_RV = torch.log_softmax(logits_RV.float() / (temperature or 1.0), -1)
-    if temperature == 0:
-        ids_R = logps_RV.argmax(-1)
-    else:
-        cdf_RV = logps_RV.exp().double().cumsum(-1)
-        # Scaling by the last value instead of 1 keeps the draw inside the vocabulary whatever the rounding.
-        ids_R = torch.searchsorted(cdf_RV, (uniforms_R * cdf_RV[:, -1])[:, None], right=True)[:, 0]
-        ids_R = ids_R.clamp(max=logits_RV.shape[-1] - 1)
-    return ids_R, logps_RV.gather(-1, ids_R[:, None])[:, 0]
+
+    def choose(logits_RV, uniforms_R):
+        logits_RV = logits_RV.float()
+        logits_RV = _truncate(logits_RV if temperature in (0, 1) else logits_RV / temperature, top_k, top_p)
+        logps_RV = torch.log_softmax(logits_RV, -1)
+        if temperature == 0:
+            ids_R = logps_RV.argmax(-1)
+        else:
+            cdf_RV = logps_RV.exp().double().cumsum(-1)
+            # Scaling by the last value instead of 1 keeps the draw inside the vocabulary whatever the rounding.
+            ids_R = torch.searchsorted(cdf_RV, (uniforms_R * cdf_RV[:, -1])[:, None], right=True)[:, 0]
+            ids_R = ids_R.clamp(max=logits_RV.shape[-1] - 1)
+        return ids_R, logps_RV.gather(-1, ids_R[:, None])[:, 0]
+
+    # On the CPU some rows at a time, so that the scratch stays in the cache: several times faster than all at once.
+    some = max(1, 2**18 // logits_RV.shape[1]) if logits_RV.device.type == "cpu" else len(logits_RV)
+    parts = [choose(*part) for part in zip(logits_RV.split(some), uniforms_R.split(some), strict=True)]
+    return tuple(torch.cat(values) for values in zip(*parts, strict=True))
 
 
 class _Prefill:
@@ -377,58 +401,84 @@ class _Prefill:
 
 
 class _Decode:
-    """Layout and cache of decoding: slots for groups, each with its prompt's keys and those of its G answers."""
+    """Layout and cache of decoding, for A active rows that each add one token.
 
-    def __init__(self, prefix_cache, prefix, slots, group_size, prompt_width, answer_width, device):
-        self.prefix_cache, self.prefix, self.device = prefix_cache, prefix, device
-        self.group_size, self.prompt_width, self.answer_width = group_size, prompt_width, answer_width
-        self.slots, self.buffers, self.max_position = slots, [], prefix + prompt_width + answer_width
-        self.prompt_mask = torch.full((1, slots, 1, prompt_width), float("-inf"), device=device)
+    A row's own keys are in its place. Its prompt's keys are in a slot, shared by the G rows that sit there: seat
+    slot * G + g. Places are free again when a row ends, slots when the last of its rows does.
+    """
+
+    def __init__(self, prefix_cache, slots, places, group_size, prompt_width, max_position, device):
+        self.prefix_cache, self.slots, self.places, self.group_size = prefix_cache, slots, places, group_size
+        self.prompt_width, self.max_position, self.width, self.buffers = prompt_width, max_position, 0, []
+        self.prompt_mask_SC = torch.full((slots, prompt_width), float("-inf"), device=device)
 
     def store_prompts(self, slots_P, prefill):
-        """Write the prefilled prompts' keys and values into the given group slots."""
+        """Write the prefilled prompts' keys and values into the given slots."""
         if not self.buffers:
             for keys, _ in prefill.keys_values:
                 K, _, _, D = keys.shape
-                prompt_shape = (K, self.slots, self.prompt_width, D)
-                answer_shape = (K, self.slots * self.group_size, self.answer_width, D)
-                self.buffers.append([keys.new_zeros(s) for s in (prompt_shape, prompt_shape, answer_shape, answer_shape)])
+                shape = (K, self.slots, self.prompt_width, D)
+                self.buffers.append([keys.new_zeros(shape), keys.new_zeros(shape), *keys.new_zeros(2, K, self.places, 0, D)])
         width = prefill.table_RL.shape[1]
         for (keys, values), (prompt_k, prompt_v, _, _) in zip(prefill.keys_values, self.buffers, strict=True):
             prompt_k[:, slots_P, :width] = keys
             prompt_v[:, slots_P, :width] = values
-        self.prompt_mask[:, slots_P] = _padding_mask(prefill.lengths_R, self.prompt_width)
+        self.prompt_mask_SC[slots_P] = _padding_mask(prefill.lengths_R, self.prompt_width)[0, :, 0]
 
-    def prepare(self, rows_A, written_A):
-        """Set the rows that take part in the next step and how many answer tokens each has in the cache already."""
-        self.rows_A, self.written_A, self.seen = rows_A, written_A, int(written_A.max()) + 1
-        lengths_N = torch.ones(self.slots * self.group_size, dtype=torch.long, device=self.device)
-        lengths_N[rows_A] = written_A + 1
-        self.answer_mask = _padding_mask(lengths_N, self.seen)
+    def grow(self, tokens, limit):
+        """Make room for answers of `tokens` tokens. Widths double, so that a step has few shapes and no slice of a buffer:
+        matrix products copy their operands unless these are whole."""
+        if tokens > self.width:
+            self.width = min(limit, max(16, 2 * self.width))
+            for buffers in self.buffers:
+                buffers[2:] = [F.pad(x, (0, 0, 0, self.width - x.shape[2])) for x in buffers[2:]]
+
+    def prepare(self, places_A, seats_A, written_A):
+        """Set who takes part in the next step: each row's place and seat, and how many of its tokens are in the cache."""
+        self.places_A, self.seats_A, self.written_A = places_A, seats_A, written_A
+        unseen_AC = torch.arange(self.width, device=written_A.device) > written_A[:, None]
+        own_AC = torch.zeros(unseen_AC.shape, device=written_A.device).masked_fill(unseen_AC, float("-inf"))
+        self.mask_AC = torch.cat([self.prompt_mask_SC[seats_A // self.group_size], own_AC], 1)
 
     def attend(self, layer, q_HAD, k_KAD, v_KAD, scale):
-        """One new token for each active row: its key and value enter the cache, its query sees prefix, prompt, answer."""
-        (H, A, D), K = q_HAD.shape, k_KAD.shape[0]
-        prompt_k, prompt_v, answer_k, answer_v = self.buffers[layer]
-        answer_k[:, self.rows_A, self.written_A] = k_KAD
-        answer_v[:, self.rows_A, self.written_A] = v_KAD
-        q_KAED = q_HAD.view(K, H // K, A, D).transpose(1, 2)
-        q_KNED = q_KAED.new_zeros(K, answer_k.shape[1], H // K, D).index_copy(1, self.rows_A, q_KAED)
-        segments = [(*pair, None) for pair in self.prefix_cache[layer : layer + 1]]
-        segments.append((prompt_k, prompt_v, self.prompt_mask))
-        segments.append((answer_k[:, :, : self.seen], answer_v[:, :, : self.seen], self.answer_mask))
-        out_KNED = attend(q_KNED[:, :, :, None], segments, scale)[:, :, :, 0]
-        return out_KNED.index_select(1, self.rows_A).permute(1, 0, 2, 3).reshape(A, H, D)
+        """Keys and values enter the cache; queries see prefix, prompt and answer under one softmax. Returns [A, H, D]."""
+        (H, A, D), K, (seats, places) = q_HAD.shape, k_KAD.shape[0], (self.slots * self.group_size, self.places)
+        prompt_k, prompt_v, own_k, own_v = self.buffers[layer]
+        own_k[:, self.places_A, self.written_A] = k_KAD
+        own_v[:, self.places_A, self.written_A] = v_KAD
+        q_KAED = (q_HAD * scale).view(K, H // K, A, D).transpose(1, 2)
+
+        def spread(x_KAEC, index_A, rows):  # active rows to where their keys are
+            return x_KAEC.new_zeros(K, rows, *x_KAEC.shape[2:]).index_copy_(1, index_A, x_KAEC)
+
+        def product(x_KREC, y_KBCD):  # B blocks of keys or values, each for R / B rows
+            return (x_KREC.reshape(K, y_KBCD.shape[1], -1, x_KREC.shape[3]) @ y_KBCD).view(K, -1, H // K, y_KBCD.shape[3])
+
+        by_prompt = product(spread(q_KAED, self.seats_A, seats), prompt_k.mT).index_select(1, self.seats_A)
+        by_place = product(spread(q_KAED, self.places_A, places), own_k.mT).index_select(1, self.places_A)
+        scores = torch.cat([by_prompt, by_place], -1).add_(self.mask_AC[:, None].to(q_HAD.dtype))
+        for prefix_k, _ in self.prefix_cache[layer : layer + 1]:
+            scores = torch.cat([scores, product(q_KAED, prefix_k.mT)], -1)
+        probs = torch.softmax(scores, -1)  # computed in float32 whatever the dtype
+        prompt_p, own_p, prefix_p = probs.split([self.prompt_width, self.width, probs.shape[3] - self.mask_AC.shape[1]], -1)
+        out = product(spread(prompt_p, self.seats_A, seats), prompt_v).index_select(1, self.seats_A)
+        out += product(spread(own_p, self.places_A, places), own_v).index_select(1, self.places_A)
+        for _, prefix_v in self.prefix_cache[layer : layer + 1]:
+            out += product(prefix_p, prefix_v)
+        return out.permute(1, 0, 2, 3).reshape(A, H, D)
 
 
-def _check_sample(model, prompts, group_size, max_new_tokens, eos_id, max_rows):
+def _check_sample(model, prompts, group_size, max_new_tokens, eos_id, for_training, truncating):
     _check_prompts(prompts)
     if group_size < 1 or max_new_tokens < 1:
         raise ValueError(f"group_size ({group_size}) and max_new_tokens ({max_new_tokens}) must be at least 1")
-    if group_size > max_rows:
-        raise ValueError(f"max_rows ({max_rows}) must hold at least one group of {group_size}; raise it")
     if eos_id is None:
         raise ValueError("eos_id is missing: without an end-of-sequence token no answer can end")
+    if truncating and for_training:
+        raise ValueError(
+            "top_k and top_p draw from another distribution than the trainer scores, which biases the ratio between them; "
+            "leave them out, or pass for_training=False if the log-probabilities are not used for training"
+        )
     dropout = any(isinstance(m, torch.nn.Dropout) and m.p for m in model.modules())
     if model.training and (dropout or getattr(model.config, "attention_dropout", 0)):
         raise ValueError("the model is in train mode with dropout; call model.eval() before sampling")
@@ -439,29 +489,54 @@ def _check_sample(model, prompts, group_size, max_new_tokens, eos_id, max_rows):
         raise ValueError("call rollout.use_tree_attention(model) first")
 
 
-PREFILL_TOKENS = 32768  # of prompts prefilled at a time, padding of the attention counted: bounds the memory of a prefill
+def fit_rows(prompts, group_size, max_new_tokens, cache_tokens):
+    """How many rows decode at a time, and in how many slots for prompts, so that the cache holds at most cache_tokens.
+
+    Groups end row by row; slots for twice as many groups as there is room for keep the places full meanwhile.
+    """
+    P, G, prefix = len(prompts), group_size, common_prefix_length(prompts)
+    own = max(map(len, prompts)) - prefix
+    slots = lambda groups: min(P, groups if G == 1 else 2 * groups)
+    tokens = lambda groups: prefix + slots(groups) * own + groups * G * max_new_tokens
+    if tokens(1) > cache_tokens:
+        raise ValueError(f"cache_tokens ({cache_tokens}): a group of {G} answers needs {tokens(1)}; raise it")
+    groups = max(g for g in range(1, P + 1) if tokens(g) <= cache_tokens)
+    return groups * G, slots(groups)
+
+
+PREFILL_TOKENS = 8192  # prefilled at a time, padding of the attention counted: bounds the memory of a prefill
 
 
 class _Sampler:
     """The state of one call of `sample`: what is drawn (by row), who decodes (by place), and the cache."""
 
-    def __init__(self, model, prompts, group_size, max_new_tokens, eos_id, temperature, draws_NT, max_rows):
-        device, (N, T), G = model.device, draws_NT.shape, group_size
-        self.model, self.prompts, self.eos_id, self.temperature = model, prompts, eos_id, temperature
-        self.group_size, self.draws_NT, self.waiting = G, draws_NT, 0  # waiting: the next prompt to be admitted
-        self.ids_NT = torch.zeros(N, T, dtype=torch.long, device=device)
-        self.logprobs_NT = torch.zeros(N, T, device=device)
-        self.lengths_N = torch.zeros(N, dtype=torch.long, device=device)
-        self.ended_N = torch.zeros(N, dtype=torch.bool, device=device)
-        # Places: slots for whole groups, each with the keys of its prompt and of its G answers
-        self.slots = min(len(prompts), max_rows // G)
-        self.active = torch.zeros(self.slots * G, dtype=torch.bool, device=device)
-        self.row = torch.zeros(self.slots * G, dtype=torch.long, device=device)  # the output row that a place works on
-        self.prompt_length = torch.zeros_like(self.row)
-        self.prefix = common_prefix_length(prompts)
-        prefix_cache = self.prefill([prompts[0][: self.prefix]], 0, []).keys_values if self.prefix else []
-        width = max(map(len, prompts)) - self.prefix
-        self.decode = _Decode(prefix_cache, self.prefix, self.slots, G, width, max_new_tokens, device)
+    def __init__(self, model, prompts, group_size, max_new_tokens, eos_id, choose, draws_NT, cache_tokens, graphs):
+        device, N, T, G = model.device, len(draws_NT), max_new_tokens, group_size
+        self.model, self.prompts, self.eos_id, self.choose, self.group_size = model, prompts, eos_id, choose, G
+        self.graphs = {} if graphs and device.type == "cuda" else None
+        places, slots = fit_rows(prompts, G, T, cache_tokens)
+        # One row, place and slot more than there are: the idle rows of a padded step write there, nobody reads it.
+        self.ids_NT = torch.zeros(N + 1, T, dtype=torch.long, device=device)
+        self.logprobs_NT = torch.zeros(N + 1, T, device=device)
+        self.lengths_N = torch.zeros(N + 1, dtype=torch.long, device=device)
+        self.ended_N = torch.zeros(N + 1, dtype=torch.bool, device=device)
+        self.draws_NT = torch.cat([draws_NT, draws_NT[:1]])
+        self.waiting = 0  # the next prompt to be admitted
+        self.active, self.time = {}, 0  # places at work, the oldest first: the decoding step before which each began
+        self.free_places, self.free_slots = [*range(places)], [*range(slots)]
+        self.slot_of, self.left = [0] * places, [0] * slots  # of each place; rows at work in each slot
+        self.row = torch.full((places + 1,), N, device=device)  # of each place: its output row, seat and prompt's length
+        self.seat = torch.full((places + 1,), slots * G, device=device)
+        self.prompt_length = torch.zeros(places + 1, dtype=torch.long, device=device)
+        self.prefix, prefix_cache = common_prefix_length(prompts), []
+        for start in range(0, self.prefix, PREFILL_TOKENS):
+            chunk = prompts[0][start : min(self.prefix, start + PREFILL_TOKENS)]
+            new = self.prefill([chunk], start, prefix_cache).keys_values
+            both = lambda old, new: tuple(torch.cat(pair, 2) for pair in zip(old, new, strict=True))
+            prefix_cache = [both(*pair) for pair in zip(prefix_cache, new, strict=True)] if prefix_cache else new
+        own = max(map(len, prompts)) - self.prefix
+        self.decode = _Decode(prefix_cache, slots + 1, places + 1, G, own, self.prefix + own + T, device)
+        self.quantum = max(1, places // G // 8)
 
     def forward(self, input_ids, position_ids, layout):
         out = self.model.base_model(input_ids=input_ids, position_ids=position_ids, tree=layout, use_cache=False)
@@ -472,67 +547,124 @@ class _Sampler:
         layout.hidden_SD = self.forward(layout.input_ids, layout.position_ids, layout)
         return layout
 
-    def admit(self, free):
-        """Prefill waiting prompts into free slots and draw the first token of each of their answers."""
-        fitting = max(1, PREFILL_TOKENS // self.decode.prompt_width)
-        slots_P = free[: min(fitting, len(self.prompts) - self.waiting)]
-        chosen = range(self.waiting, self.waiting + len(slots_P))
-        prefill = self.prefill([self.prompts[p][self.prefix :] for p in chosen], self.prefix, self.decode.prefix_cache)
-        self.decode.store_prompts(slots_P, prefill)
-        G, device = self.group_size, free.device
-        places = (slots_P[:, None] * G + torch.arange(G, device=device)).flatten()
-        self.row[places] = torch.arange(chosen.start * G, chosen.stop * G, device=device)
-        self.prompt_length[places] = (self.prefix + prefill.lengths_R).repeat_interleave(G)
-        self.waiting = chosen.stop
-        return self.draw(places, prefill.hidden_SD[prefill.last_R].repeat_interleave(G, 0))
+    def room(self):
+        """How many waiting prompts are to be admitted now."""
+        groups = min(len(self.free_places) // self.group_size, len(self.free_slots), len(self.prompts) - self.waiting)
+        # A prefill for few prompts is nearly as slow as one for many: wait until an eighth of the places are free.
+        groups = groups if groups >= min(self.quantum, len(self.prompts) - self.waiting) or not self.active else 0
+        return min(groups, max(1, PREFILL_TOKENS // self.decode.prompt_width))
 
-    def draw(self, places, hidden_AD):
-        """Draw the next token of each place and end the rows that are done; returns how many tokens were drawn."""
-        rows, T = self.row[places], self.ids_NT.shape[1]
-        at = self.lengths_N[rows]
-        logits_AV = self.model.get_output_embeddings()(hidden_AD)
-        ids, logps = choose_tokens(logits_AV, self.draws_NT[rows, at], self.temperature)
+    def admit(self, groups):
+        """Prefill waiting prompts into free slots and draw the first token of each of their answers."""
+        G, device = self.group_size, self.model.device
+        as_tensor = lambda values: torch.tensor(values, dtype=torch.long, device=device)
+        chosen = range(self.waiting, self.waiting + groups)
+        slots, self.free_slots = self.free_slots[:groups], self.free_slots[groups:]
+        places, self.free_places = self.free_places[: groups * G], self.free_places[groups * G :]
+        prefill = self.prefill([self.prompts[p][self.prefix :] for p in chosen], self.prefix, self.decode.prefix_cache)
+        self.decode.store_prompts(as_tensor(slots), prefill)
+        for i, place in enumerate(places):
+            self.active[place], self.slot_of[place] = self.time, slots[i // G]
+            self.left[slots[i // G]] += 1
+        places_A = as_tensor(places)
+        self.row[places_A] = torch.arange(chosen.start * G, chosen.stop * G, device=device)
+        self.seat[places_A] = as_tensor([slot * G + g for slot in slots for g in range(G)])
+        self.prompt_length[places_A] = (self.prefix + prefill.lengths_R).repeat_interleave(G)
+        self.waiting = chosen.stop
+        self.leave(places, self.draw(places_A, prefill.hidden_SD[prefill.last_R].repeat_interleave(G, 0)))
+        return len(places)
+
+    def draw(self, places_A, hidden_AD):
+        """Draw the next token of each place; returns which rows are done, [A] booleans."""
+        rows, T = self.row[places_A], self.ids_NT.shape[1]
+        at = self.lengths_N[rows].clamp(max=T - 1)  # the clamp is for idle rows
+        ids, logps = self.choose(self.model.get_output_embeddings()(hidden_AD), self.draws_NT[rows, at])
         self.ids_NT[rows, at], self.logprobs_NT[rows, at] = ids, logps
         self.lengths_N[rows] = at + 1
         self.ended_N[rows] = ids == self.eos_id
-        self.active[places] = (ids != self.eos_id) & (at + 1 < T)
-        return len(ids)
+        return (ids == self.eos_id) | (at + 1 == T)
+
+    def leave(self, places, done_A):
+        """Free the places of the rows that are done, and the slots of groups without rows."""
+        for place, done in zip(places, done_A.tolist(), strict=False):
+            if done:
+                slot = self.slot_of[place]
+                self.left[slot] -= 1
+                self.free_places.append(place)
+                self.free_slots += [] if self.left[slot] else [slot]
+                del self.active[place]
+
+    def decode_one(self, places_A):
+        """One token for each place. Of fixed shape and without a look at any value, so that a CUDA graph can hold it."""
+        rows = self.row[places_A]
+        written = (self.lengths_N[rows] - 1).clamp(min=0, max=self.decode.width - 1)  # clamped for idle rows
+        self.decode.prepare(places_A, self.seat[places_A], written)
+        position_ids = (self.prompt_length[places_A] + written)[None]
+        return self.draw(places_A, self.forward(self.ids_NT[rows, written][None], position_ids, self.decode))
+
+    def decode_in_graph(self, places):
+        """`decode_one` from a CUDA graph, captured once for each number of rows (a power of two) and width of the cache."""
+        size, idle = 1 << (len(places) - 1).bit_length(), self.decode.places - 1
+        if size not in self.graphs:
+            places_A = torch.full((size,), idle, device=self.model.device)
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                self.decode_one(places_A)  # of idle rows: it allocates and tunes what a capture must not
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                done_A = self.decode_one(places_A)
+            self.graphs[size] = graph, places_A, done_A
+        graph, places_A, done_A = self.graphs[size]
+        places_A.copy_(torch.tensor(places + [idle] * (size - len(places))))
+        graph.replay()
+        return done_A
 
     def step(self):
-        """Admit prompts where slots have become free, else decode one token of every active row; None at the end."""
-        free = (~self.active.view(self.slots, -1).any(1)).nonzero()[:, 0]
-        idle = len(free) == self.slots
-        # A prefill for few prompts is as slow as one for many: wait until a quarter of the slots are free.
-        if self.waiting < len(self.prompts) and (idle or 4 * len(free) >= self.slots):
-            return self.admit(free)
-        if idle:
+        """Admit prompts where there is room, else decode one token of every active row; the tokens drawn, None at the end."""
+        if groups := self.room():
+            return self.admit(groups)
+        if not self.active:
             return None
-        places = self.active.nonzero()[:, 0]
-        rows = self.row[places]
-        written = self.lengths_N[rows] - 1
-        self.decode.prepare(places, written)
-        position_ids = (self.prompt_length[places] + written)[None]
-        return self.draw(places, self.forward(self.ids_NT[rows, written][None], position_ids, self.decode))
+        places, self.time = [*self.active], self.time + 1
+        longest = self.time - self.active[places[0]]  # tokens in the cache after this step
+        if longest > self.decode.width:
+            self.decode.grow(longest, self.ids_NT.shape[1])
+            if self.graphs:
+                self.graphs.clear()
+        if self.graphs is None:
+            done_A = self.decode_one(torch.tensor(places, device=self.model.device))
+        else:
+            done_A = self.decode_in_graph(places)
+        self.leave(places, done_A)
+        return len(places)
 
 
 @torch.no_grad()
 def sample(
-    model, prompts, *, group_size=1, max_new_tokens, eos_id, temperature=1.0, seed=0, step=0, first_row=0, max_rows=256,
-    progress=None,
+    model, prompts, *, group_size=1, max_new_tokens, eos_id, temperature=1.0, top_k=0, top_p=1.0, for_training=True,
+    seed=0, step=0, first_row=0, cache_tokens=2**17, cuda_graphs=True, progress=None,
 ):  # fmt: skip
     """Sample `group_size` answers to each prompt (lists of token ids); returns a Rollout.
 
-    temperature 0 is greedy. Row n draws from uniforms of (seed, step, first_row + n), so its answer does not depend on
-    who shares its batch, beyond rounding. At most max_rows rows decode at a time; a group that has finished gives its
-    place to a waiting prompt. progress(tokens) is called after each step with the number of tokens drawn.
+    temperature 0 is greedy. top_k and top_p cut the distribution (0 and 1: not at all); they are refused for_training,
+    since the trainer scores under the whole one. Row n draws from uniforms of (seed, step, first_row + n), so its answer
+    does not depend on who shares its batch, beyond rounding. The key-value cache holds at most `cache_tokens` tokens, from
+    which follows how many rows decode at a time; waiting prompts take the places of finished rows. On a GPU the decoding
+    step runs from CUDA graphs unless cuda_graphs is False. progress(tokens) is called with the tokens drawn in each step.
     Raises ValueError for empty prompts, budgets that fit nothing, a missing eos_id, dropout, or too long a prompt.
     """
-    _check_sample(model, prompts, group_size, max_new_tokens, eos_id, max_rows)
+    _check_sample(model, prompts, group_size, max_new_tokens, eos_id, for_training, top_k or top_p < 1)
     N = len(prompts) * group_size
     draws = uniforms(seed, step, range(first_row, first_row + N), max_new_tokens) if temperature else np.zeros((N, 1))
     draws_NT = torch.from_numpy(draws).to(model.device).expand(N, max_new_tokens)
-    sampler = _Sampler(model, prompts, group_size, max_new_tokens, eos_id, temperature, draws_NT, max_rows)
+    choose = partial(choose_tokens, temperature=temperature, top_k=top_k, top_p=top_p)
+    sampler = _Sampler(
+        model, prompts, group_size, max_new_tokens, eos_id, choose, draws_NT, cache_tokens, cuda_graphs,
+    )  # fmt: skip
     while (tokens := sampler.step()) is not None:
         if progress is not None:
             progress(tokens)
-    return Rollout(sampler.ids_NT, sampler.lengths_N, sampler.logprobs_NT, sampler.ended_N, group_size)
+    results = [x[:N] for x in (sampler.ids_NT, sampler.lengths_N, sampler.logprobs_NT, sampler.ended_N)]
+    return Rollout(*results, group_size)

@@ -57,7 +57,7 @@ class Config:
     seed: int = setting(0, "seeds fresh weights, the order of the data, and sampling")
     max_new_tokens: int = setting(512, "longest answer, in tokens, EOS included")
     max_tokens: int = setting(32768, "token budget of one forward and backward pass (micro-batch)")
-    max_rows: int = setting(256, "answers decoded at a time")
+    cache_tokens: int = setting(131072, "token budget of the key-value cache when sampling")
     eval_every: int = setting(50, "evaluate on the test sets every so many RL steps (0: only before and after)")
     save_every: int = setting(0, "save a checkpoint every so many steps (0: after SFT, and when stopped)")
     # SFT
@@ -117,7 +117,7 @@ def parse_config(argv=None):
         parser.error(f"unknown: {' '.join(unknown)}")
     config.model = config.model or str(task / "model")
     config.out = config.out or str(Path("runs") / task.resolve().name)
-    at_least = dict.fromkeys(("max_new_tokens", "max_tokens", "max_rows", "sft_batch", "prompts_per_step"), 1)
+    at_least = dict.fromkeys(("max_new_tokens", "max_tokens", "cache_tokens", "sft_batch", "prompts_per_step"), 1)
     at_least |= dict.fromkeys(("seed", "sft_steps", "rl_steps", "eval_every", "save_every", "kl_coef", "weight_decay"), 0)
     at_least |= {"group_size": 2, "updates_per_batch": 1, "advantage_clamp": 0, "clip_low": 0, "clip_high": 0}
     for name, least in at_least.items():
@@ -126,8 +126,6 @@ def parse_config(argv=None):
     for name in ("sft_lr", "lr", "temperature", "max_grad_norm", "is_cap"):
         if not 0 < getattr(config, name) < math.inf:
             raise grm.TaskError(f"--{name} {getattr(config, name)}: must be positive and finite")
-    if config.group_size > config.max_rows:
-        raise grm.TaskError(f"--max_rows {config.max_rows}: must hold a group (--group_size {config.group_size})")
     if not config.sft_steps and not config.rl_steps:
         raise grm.TaskError("--sft_steps and --rl_steps are both 0: nothing to do; grm.py score evaluates a model")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
@@ -170,6 +168,13 @@ def load_data(config, task, tokens):
             record["prompt_ids"] = prompt
         if tokens.truncated > before:
             tqdm.write(f"{name}: {tokens.truncated - before} of {len(records)} documents cut to fit the model's context")
+    for name, records in data.items():
+        if name != "sft":  # these are sampled
+            try:
+                group_size = config.group_size if name == "train" else 1
+                rollout.fit_rows([r["prompt_ids"] for r in records], group_size, config.max_new_tokens, config.cache_tokens)
+            except ValueError as error:
+                raise grm.TaskError(f"{name}: {error}") from None
     return data
 
 
@@ -214,7 +219,7 @@ class Engine:
 
     def generate(self, prompts):
         """Greedy answers, lists of ids."""
-        settings = {"max_new_tokens": self.config.max_new_tokens, "max_rows": self.config.max_rows}
+        settings = {"max_new_tokens": self.config.max_new_tokens, "cache_tokens": self.config.cache_tokens}
         sampled = rollout.sample(self.model, prompts, eos_id=self.eos_id, temperature=0, **settings)
         return [answer for (answer,) in sampled.answers()]
 
@@ -496,7 +501,8 @@ def rl(run):
         prompts = [r["prompt_ids"] for r in batch]
         sampled = rollout.sample(
             run.sampler, prompts, group_size=config.group_size, max_new_tokens=config.max_new_tokens,
-            eos_id=run.tokens.eos_id, temperature=config.temperature, seed=config.seed, step=step, max_rows=config.max_rows,
+            eos_id=run.tokens.eos_id, temperature=config.temperature, seed=config.seed, step=step,
+            cache_tokens=config.cache_tokens,
         )  # fmt: skip
         sampled_at = time.perf_counter()
         credit_NT, advantages_N, rewards_PG, traces = assign_credit(run, batch, sampled)

@@ -197,7 +197,7 @@ def test_greedy_equals_hugging_face_generate():
 def test_samples_follow_the_exact_distribution():
     """Chi-squared of the first two tokens of 4,000 answers against the model's own probabilities; and groups differ."""
     model, prompt = make_model("qwen3", initializer_range=0.15), [5, 6, 7]
-    out = sample(model, [prompt], group_size=4000, max_new_tokens=2, max_rows=4000)
+    out = sample(model, [prompt], group_size=4000, max_new_tokens=2, cache_tokens=20000)
     plain = make_model("qwen3", tree=False, initializer_range=0.15)
     first = torch.softmax(plain(torch.tensor([prompt])).logits[0, -1].double(), -1)
     observed = torch.bincount(out.ids_NT[:, 0], minlength=61).double()
@@ -221,10 +221,47 @@ def test_batch_composition_and_refill_do_not_change_a_sample():
     prompts = [[*PREFIX, *draw.integers(3, 60, n).tolist()] for n in (1, 4, 2, 6, 3, 2, 5)]
     whole = sample(model, prompts, group_size=2, max_new_tokens=20)
     assert len(set(whole.lengths_N.tolist())) > 3, "lengths must differ, or nothing is refilled"
-    for max_rows in (2, 4, 6):
-        assert torch.equal(sample(model, prompts, group_size=2, max_new_tokens=20, max_rows=max_rows).ids_NT, whole.ids_NT)
+    for cache_tokens in (60, 120, 180):
+        few = sample(model, prompts, group_size=2, max_new_tokens=20, cache_tokens=cache_tokens)
+        assert torch.equal(few.ids_NT, whole.ids_NT)
     alone = sample(model, prompts[3:4], group_size=2, max_new_tokens=20, first_row=6)
     assert alone.answers() == whole.answers()[3:4]
+
+
+def test_idle_rows_change_nothing(monkeypatch):
+    """A CUDA graph's step is padded to a power of two with idle rows: they must not touch the others' answers or cache."""
+    model = make_model("qwen3")
+    whole = sample(model, PROMPTS["unequal"], group_size=3, max_new_tokens=20)
+    one = rollout._Sampler.decode_one
+
+    def padded(self, places_A):
+        return one(self, torch.cat([places_A, torch.full((3,), self.decode.places - 1)]))
+
+    monkeypatch.setattr(rollout._Sampler, "decode_one", padded)
+    again = sample(model, PROMPTS["unequal"], group_size=3, max_new_tokens=20)
+    assert torch.equal(again.ids_NT, whole.ids_NT)
+    torch.testing.assert_close(again.logprobs_NT, whole.logprobs_NT)
+
+
+def test_the_cache_stays_within_its_budget():
+    """Rows and slots follow from cache_tokens; what is allocated, but for the one idle row and slot, is within it."""
+    prompts = [[*PREFIX, *range(20, 20 + n)] for n in (1, 4, 2, 6, 3, 2, 5)]
+    for budget in (58, 100, 162, 300, 1000):
+        places, slots = rollout.fit_rows(prompts, 2, 20, budget)
+        assert len(PREFIX) + slots * 6 + places * 20 <= budget
+        assert places % 2 == 0 and places <= 14 and slots <= 7
+    with pytest.raises(ValueError, match="needs 58"):
+        rollout.fit_rows(prompts, 2, 20, 57)
+
+
+def test_long_prefixes_are_prefilled_in_chunks(monkeypatch):
+    """Chunks see the chunks before them; the answers stay the same."""
+    prompts, model = PROMPTS["unequal"], make_model("qwen3")
+    whole = sample(model, prompts, group_size=2)
+    monkeypatch.setattr(rollout, "PREFILL_TOKENS", 4)
+    chunked = sample(model, prompts, group_size=2)
+    assert torch.equal(chunked.ids_NT, whole.ids_NT)
+    torch.testing.assert_close(chunked.logprobs_NT, whole.logprobs_NT)
 
 
 def test_seeds_and_steps_change_samples_and_repeat():
@@ -242,6 +279,19 @@ def test_choose_tokens_is_the_inverse_cdf():
     ids, logps = rollout.choose_tokens(logits, uniforms, 1.0)
     assert ids.tolist() == [0, 0, 2, 3, 3]
     torch.testing.assert_close(logps.exp(), torch.tensor([0.25, 0.25, 0.5, 0.25, 0.25]))
+
+
+def test_top_k_and_top_p():
+    """Only the kept tokens are drawn, and their log-probabilities are renormalised over them."""
+    probs = torch.tensor([0.1, 0.4, 0.2, 0.3])
+    uniforms = torch.linspace(0, 0.999, 200, dtype=torch.float64)
+    logits = probs.log().expand(200, -1)
+    for settings, kept in (({"top_k": 2}, [1, 3]), ({"top_p": 0.6}, [1, 3]), ({"top_p": 0.35}, [1])):
+        ids, logps = rollout.choose_tokens(logits, uniforms, 1.0, **settings)
+        assert sorted(set(ids.tolist())) == kept
+        torch.testing.assert_close(logps.exp(), probs[ids] / probs[kept].sum())
+    out = sample(make_model("qwen3"), PROMPTS["unequal"], top_k=1, for_training=False)
+    assert torch.equal(out.ids_NT, sample(make_model("qwen3"), PROMPTS["unequal"], temperature=0).ids_NT)
 
 
 def test_ends_lengths_and_padding():
@@ -292,8 +342,10 @@ def test_progress_counts_every_token():
         ({"prompts": []}, "no prompts"),
         ({"max_new_tokens": 0}, "max_new_tokens"),
         ({"group_size": 0}, "group_size"),
-        ({"group_size": 9, "max_rows": 8}, "max_rows"),
+        ({"group_size": 9, "cache_tokens": 80}, "cache_tokens"),
         ({"eos_id": None}, "eos_id"),
+        ({"top_k": 5}, "for_training"),
+        ({"top_p": 0.9}, "for_training"),
         ({"max_new_tokens": 127}, "context"),
     ],
 )
@@ -355,4 +407,4 @@ def test_file_works_alone(tmp_path):
         for line in (ROOT / "rollout.py").read_text().splitlines()
         if line.startswith(("import ", "from "))
     )
-    assert set(imports) <= {"dataclasses", "numpy", "torch", "transformers"}
+    assert set(imports) <= {*sys.stdlib_module_names, "numpy", "torch", "transformers"}
