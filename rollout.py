@@ -23,13 +23,21 @@ H attention heads, K key-value heads, R rows of one level, L positions of a row,
 key-value head, B blocks and C keys of a segment, D head size (for hidden states: model width), V vocabulary.
 """
 
+import argparse
+import copy
+import ctypes
+import gc
+import re
+import sys
+import time
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 # Attention over a tree ------------------------------------------------------------------------------------------------
@@ -284,24 +292,62 @@ def answer_hidden(model, tree):
     return out.last_hidden_state[0].index_select(0, tree.predict_A)
 
 
-def token_logprobs(hidden_AD, head, targets_A, temperature=1.0, chunk=1024):
-    """Log-probabilities and entropies of the target tokens under softmax(head(hidden) / temperature), both float32 [A].
+class _TokenLogprobs(torch.autograd.Function):
+    """Log-probabilities and entropies in chunks of positions; the backward pass computes each chunk's logits again.
 
-    Runs in chunks of `chunk` positions that are computed again in the backward pass, so [A, vocabulary] never exists.
-    The entropies carry no gradient; they are a statistic.
+    One buffer takes the gradient of the head from all chunks; left to autograd, each chunk would allocate its own.
     """
 
-    def one_chunk(hidden, targets):
-        logps = torch.log_softmax(head(hidden).float() / temperature, -1)
-        with torch.no_grad():
-            entropy = -(logps.exp() * logps).sum(-1)
-        return logps.gather(-1, targets[:, None])[:, 0], entropy
+    @staticmethod
+    def forward(ctx, hidden_AD, weight_VD, bias_V, targets_A, temperature, chunk, dtype):
+        ctx.logits = lambda hidden_CD: F.linear(hidden_CD, weight, bias).float().div_(temperature)
+        hidden_AD, weight = hidden_AD.to(dtype), weight_VD.detach().to(dtype)
+        bias = None if bias_V is None else bias_V.detach().to(dtype)
+        logprobs, entropies = [], []
+        for hidden_CD, targets_C in zip(hidden_AD.split(chunk), targets_A.split(chunk), strict=True):
+            logps_CV = torch.log_softmax(ctx.logits(hidden_CD), -1)
+            logprobs.append(logps_CV.gather(-1, targets_C[:, None])[:, 0])
+            entropies.append(-logps_CV.exp().mul_(logps_CV).sum(-1))
+        ctx.save_for_backward(hidden_AD, weight_VD, bias_V, targets_A)
+        ctx.weight, ctx.temperature, ctx.chunk = weight, temperature, chunk
+        entropy_A = torch.cat(entropies)
+        ctx.mark_non_differentiable(entropy_A)
+        return torch.cat(logprobs), entropy_A
 
-    parts = [
-        checkpoint(one_chunk, hidden, targets, use_reentrant=False)
-        for hidden, targets in zip(hidden_AD.split(chunk), targets_A.split(chunk), strict=True)
-    ]
-    return tuple(torch.cat(values) for values in zip(*parts, strict=True))
+    @staticmethod
+    def backward(ctx, grad_A, _):
+        hidden_AD, weight_VD, bias_V, targets_A = ctx.saved_tensors
+        weight, grads = ctx.weight, []
+        grad_weight = torch.zeros_like(weight_VD) if ctx.needs_input_grad[1] else None
+        grad_bias = torch.zeros_like(bias_V) if ctx.needs_input_grad[2] else None
+        grad_A = grad_A / ctx.temperature
+        for hidden_CD, targets_C, grad_C in zip(*(x.split(ctx.chunk) for x in (hidden_AD, targets_A, grad_A)), strict=True):
+            # d logprob / d logits = one_hot(target) - softmax(logits)
+            grad_CV = torch.softmax(ctx.logits(hidden_CD), -1).mul_(-grad_C[:, None])
+            grad_CV.scatter_add_(1, targets_C[:, None], grad_C[:, None])
+            grad_CV = grad_CV.to(hidden_CD.dtype)
+            grads.append(grad_CV @ weight)
+            if grad_weight is not None:
+                if grad_weight.dtype == grad_CV.dtype:
+                    grad_weight.addmm_(grad_CV.T, hidden_CD)
+                else:
+                    grad_weight += grad_CV.T @ hidden_CD
+            if grad_bias is not None:
+                grad_bias += grad_CV.sum(0)
+        return torch.cat(grads), grad_weight, grad_bias, None, None, None, None
+
+
+def token_logprobs(hidden_AD, head, targets_A, temperature=1.0, chunk=None):
+    """Log-probabilities and entropies of the target tokens under softmax(head(hidden) / temperature), both float32 [A].
+
+    head: the model's output layer, a torch.nn.Linear. Runs in chunks of `chunk` positions (by default so many that a chunk
+    has 2**23 logits) that are computed again in the backward pass, so [A, vocabulary] never exists. The entropies carry no
+    gradient; they are a statistic.
+    """
+    chunk = chunk or max(1, 2**23 // head.weight.shape[0])
+    device = hidden_AD.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.weight.dtype
+    return _TokenLogprobs.apply(hidden_AD, head.weight, head.bias, targets_A, temperature, chunk, dtype)
 
 
 # Sampling -------------------------------------------------------------------------------------------------------------
@@ -668,3 +714,214 @@ def sample(
             progress(tokens)
     results = [x[:N] for x in (sampler.ids_NT, sampler.lengths_N, sampler.logprobs_NT, sampler.ended_N)]
     return Rollout(*results, group_size)
+
+
+# Measuring itself ------------------------------------------------------------------------------------------------------
+
+
+def _measure(run, device):
+    """(seconds, bytes) of a call: its time, and the peak memory above what was held before it (None where unknown)."""
+    cuda = device.type == "cuda"
+    gc.collect()
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated()
+        torch.cuda.synchronize()
+    elif sys.platform == "linux":
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # else memory that was freed before hides what is taken now
+        Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+        held = int(re.search(r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+    start = time.perf_counter()
+    run()
+    if cuda:
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - start
+    if cuda:
+        return seconds, torch.cuda.max_memory_allocated() - held
+    if sys.platform == "linux":
+        return seconds, int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024 - held
+    return seconds, None
+
+
+def _hardware(device, dtype):
+    """Measured rates of this device: multiply-adds of a large matrix product, flop/s, and of a large copy, bytes/s."""
+    a = torch.randn(4096, 4096, device=device, dtype=dtype)
+    source = torch.zeros(2**26, device=device)
+    target = source.clone()
+    best = lambda run: min(_measure(run, device)[0] for _ in range(5))
+    return 2 * 4096**3 / best(lambda: a @ a), 2 * 4 * 2**26 / best(lambda: target.copy_(source))
+
+
+def _limit(model, prefilled, drawn, steps, passes, rates):
+    """Seconds that the matrix products and the reading of the weights alone take at the measured rates."""
+    head = model.get_output_embeddings().weight
+    body = sum(m.weight.numel() for m in model.base_model.modules() if isinstance(m, torch.nn.Linear))
+    flops = 2 * passes * (body * (prefilled + drawn) + head.numel() * drawn)
+    return max(flops / rates[0], (body + head.numel()) * head.element_size() * steps / rates[1])
+
+
+def _bench_sampling(model, prompts, group_size, T, repeats, rates):
+    """Answers of exactly T tokens: `sample` against model.generate."""
+    device, N = model.device, len(prompts) * group_size
+    rows = torch.tensor([prompt for prompt in prompts for _ in range(group_size)], device=device)
+    sampled = []
+
+    def tree():
+        use_tree_attention(model)
+        sampled.append(sample(model, prompts, group_size=group_size, max_new_tokens=T, eos_id=-1, seed=len(sampled)))
+
+    def generate():
+        model.set_attn_implementation("sdpa")
+        settings = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "pad_token_id": 0}
+        model.generate(rows, attention_mask=torch.ones_like(rows), max_new_tokens=T, min_new_tokens=T, **settings)
+
+    limit = _limit(model, len(prompts[0]) + sum(len(p) - common_prefix_length(prompts) for p in prompts), N * T, T, 1, rates)
+    _compare("sampling", {"tree": tree, "model.generate": generate}, repeats, N * T, limit, device)
+
+
+def _compare(title, runs, repeats, tokens, limit, device):
+    """Run each in turn, `repeats` times; print the best time of each, the ratio, peak memory, the share of the limit."""
+    results = {name: [] for name in runs}
+    for _ in range(repeats):
+        for name, run in runs.items():
+            results[name].append(_measure(run, device))
+    seconds = {name: min(s for s, _ in result) for name, result in results.items()}
+    slowest = max(seconds.values())
+    for name, result in results.items():
+        peak = max((p for _, p in result if p is not None), default=None)
+        memory = "" if peak is None else f"{peak / 2**20:9.0f} MiB"
+        print(
+            f"{title:<10}{name:<22}{seconds[name]:9.3f} s{tokens / seconds[name]:10.0f} tok/s{slowest / seconds[name]:7.1f}x"
+            f"{memory}{limit / seconds[name]:8.0%} of the limit",
+            flush=True,
+        )
+
+
+def _training_step(model, tree):
+    """Forward and backward over the packed tree."""
+    logprobs_A, _ = token_logprobs(answer_hidden(model, tree), model.get_output_embeddings(), tree.targets_A)
+    (-logprobs_A.mean()).backward()
+
+
+def _bench_training(model, prompts, group_size, T, repeats, rates):
+    """Gradients of answers of T tokens: the tree against one padded row an answer."""
+    device = model.device
+    draw = np.random.default_rng(0)
+    answers = [draw.integers(3, model.config.vocab_size, (group_size, T)).tolist() for _ in prompts]
+    rows = [prompt + answer for prompt, group in zip(prompts, answers, strict=True) for answer in group]
+
+    def packed():
+        model.zero_grad()
+        use_tree_attention(model)
+        _training_step(model, Tree(prompts, answers, device))
+
+    def padded():
+        model.zero_grad()
+        model.set_attn_implementation("sdpa")
+        width = max(map(len, rows))
+        ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)
+        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device)
+        logits = model(ids, attention_mask=mask, logits_to_keep=T + 1).logits[:, :-1].float()
+        logps = torch.log_softmax(logits, -1).gather(-1, ids[:, -T:, None])  # all answers have T tokens
+        (-logps.mean()).backward()
+
+    tree, drawn = Tree(prompts, answers), len(rows) * T
+    limit = _limit(model, tree.input_ids.shape[1] - drawn, drawn, 3, 3, rates)
+    _compare("training", {"tree": packed, "padded batch": padded}, repeats, drawn, limit, device)
+
+
+def _bench_lengths(model, prompts, group_size, T, repeats, rates):
+    """Refilling: four times the prompts in the same cache, answers of uniform length T/8..T against all of the mean."""
+    use_tree_attention(model)
+    prompts = prompts * 4
+    N, own = len(prompts) * group_size, max(map(len, prompts)) - common_prefix_length(prompts)
+    budget = common_prefix_length(prompts) + len(prompts) // 2 * own + N // 4 * T
+    mixed_N = np.random.default_rng(0).integers(T // 8, T + 1, N)
+    mean = round(mixed_N.mean())
+
+    def choose(logits_RV, ends_R):
+        ids_R, logps_R = choose_tokens(logits_RV, ends_R % 1, 1.0)
+        return torch.where(ends_R >= 1, 2, ids_R.clamp(min=3)), logps_R
+
+    def run(lengths_N):
+        draws_NT = torch.from_numpy(uniforms(0, 0, range(N), T))
+        draws_NT[torch.arange(N), torch.as_tensor(lengths_N) - 1] += 1  # ends the row there
+        settings = (model, prompts, group_size, T, 2, choose, draws_NT.to(model.device), budget, True)
+        sampler = _Sampler(*settings)
+        with torch.no_grad():
+            while sampler.step() is not None:
+                pass
+        assert torch.equal(sampler.lengths_N[:N].cpu(), torch.as_tensor(lengths_N))
+
+    runs = {f"all of {mean}": lambda: run(np.full(N, mean)), f"{T // 8}..{T}, mean {mean}": lambda: run(mixed_N)}
+    limit = _limit(model, 0, N * mean, 4 * mean, 1, rates)
+    _compare("lengths", runs, repeats, int(mixed_N.sum()), limit, model.device)
+
+
+def _bench_memory(config, prompts, group_size, T, device):
+    """The training step's peak above weights and gradients, for two sizes of the vocabulary."""
+    answers = [[[5] * T] * group_size for _ in prompts]
+    prompts = [[token % 1000 for token in prompt] for prompt in prompts]
+    for vocabulary in (32_000, 152_000):
+        config = type(config).from_dict(config.to_dict() | {"vocab_size": vocabulary})
+        model = use_tree_attention(AutoModelForCausalLM.from_config(config, dtype=torch.float32)).to(device)
+        tree = Tree(prompts, answers, device)
+        _training_step(model, tree)  # from here on the gradients are held
+        peak = _measure(lambda model=model, tree=tree: _training_step(model, tree), device)[1]
+        logits = len(tree.targets_A) * vocabulary * 4 / 2**20
+        if peak is not None:
+            print(f"memory    vocabulary {vocabulary:<11,}{peak / 2**20:9.0f} MiB (one [tokens, vocabulary]: {logits:.0f} MiB)")
+
+
+def _bench_model(folder):
+    """The model of a folder, with random weights if it has none; if there is no folder, a Qwen3 of 110 M parameters."""
+    shape = {"vocab_size": 32_000, "hidden_size": 768, "intermediate_size": 2304, "num_hidden_layers": 12}
+    shape |= {"num_attention_heads": 12, "num_key_value_heads": 6, "head_dim": 64, "max_position_embeddings": 4096}
+    config = AutoConfig.from_pretrained(folder) if folder else AutoConfig.for_model("qwen3", **shape, tie_word_embeddings=True)
+    if folder and any(Path(folder).glob("*.safetensors")):
+        return AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, dtype=torch.float32)
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+def main():
+    """Measure this file against Hugging Face's generate and padded batches, interleaved, in one run."""
+    parser = argparse.ArgumentParser(description=main.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--bench", action="store_true", required=True, help="do it")
+    parser.add_argument("--model", help="model folder, also without weights (default: a random Qwen3 of 110 M parameters)")
+    parser.add_argument("--repeats", type=int, default=2, help="runs of each; the best counts")
+    parts = ["sampling", "lengths", "training", "memory"]
+    parser.add_argument("--only", nargs="+", default=parts, choices=parts, help="parts to run")
+    shape = {"type": int, "nargs": 5, "metavar": ("PROMPTS", "GROUP", "PREFIX", "OWN", "ANSWER")}
+    parser.add_argument("--sampling", **shape, default=[16, 8, 512, 64, 64], help="prompts, answers of each, tokens")
+    parser.add_argument("--training", **shape, default=[2, 8, 256, 128, 64], help="the same for the training step")
+    parser.add_argument("--sampling_dtype", choices=["bfloat16", "float32"], default="bfloat16", help="training is in float32")
+    args = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = _bench_model(args.model).to(device).eval()
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {name}")
+
+    def prompts_of(P, _, prefix, own, __):
+        draw = np.random.default_rng(0)
+        tokens = lambda n: draw.integers(3, model.config.vocab_size, n).tolist()
+        common = tokens(prefix)
+        return [common + tokens(own) for _ in range(P)]
+
+    for dtype, parts, shape in (
+        (getattr(torch, args.sampling_dtype), {"sampling": _bench_sampling, "lengths": _bench_lengths}, args.sampling),
+        (torch.float32, {"training": _bench_training}, args.training),
+    ):
+        rates = _hardware(device, dtype)
+        print(f"{dtype}: matrix products {rates[0] / 1e9:.0f} Gflop/s, memory {rates[1] / 1e9:.1f} GB/s; prompts, group, "
+              f"common prefix, own tokens, answer: {shape}")  # fmt: skip
+        copied = copy.deepcopy(model).to(dtype)
+        for part, bench in parts.items():
+            if part in args.only:
+                bench(copied, prompts_of(*shape), shape[1], shape[4], args.repeats, rates)
+    if "memory" in args.only:
+        _bench_memory(model.config, prompts_of(*args.training), args.training[1], args.training[4], device)
+
+
+if __name__ == "__main__":
+    main()

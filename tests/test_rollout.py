@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import ARCHITECTURES, ROOT, make_model
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import rollout
 
@@ -128,24 +130,51 @@ def test_gradient_checkpointing_changes_nothing():
         assert relative(a, b) < 1e-6
 
 
-def test_logprobs_in_chunks_never_hold_the_vocabulary_for_all():
-    """[tokens, vocabulary] for a batch is what runs out of memory; entropies are of the same distribution."""
+@pytest.mark.parametrize("bias", [False, True])
+def test_logprobs_in_chunks_equal_those_at_once(bias):
+    """Values and gradients of hidden states, weight and bias; the entropies are of the same distribution."""
     torch.manual_seed(0)
-    hidden, head = torch.randn(50, 16, requires_grad=True), torch.nn.Linear(16, 97, bias=False)
-    seen = []
-
-    def spy(x):
-        seen.append(len(x))
-        return head(x)
-
-    targets = torch.randint(0, 97, (50,))
-    logps, entropy = rollout.token_logprobs(hidden, spy, targets, 0.7, chunk=8)
-    logps.sum().backward()
-    assert max(seen) == 8 and len(seen) == 14  # seven chunks, computed again in the backward pass
+    hidden, head = torch.randn(50, 16, requires_grad=True), torch.nn.Linear(16, 97, bias=bias)
+    leaves, targets, weights = [hidden, *head.parameters()], torch.randint(0, 97, (50,)), torch.linspace(-1, 2, 50)
     expected = torch.distributions.Categorical(logits=head(hidden) / 0.7)
-    torch.testing.assert_close(logps, expected.log_prob(targets))
-    torch.testing.assert_close(entropy, expected.entropy())
-    assert not entropy.requires_grad
+    expected_grads = torch.autograd.grad((expected.log_prob(targets) * weights).sum(), leaves, retain_graph=True)
+    for chunk in (8, 50, None):
+        logps, entropy = rollout.token_logprobs(hidden, head, targets, 0.7, chunk)
+        torch.testing.assert_close(logps, expected.log_prob(targets))
+        torch.testing.assert_close(entropy, expected.entropy())
+        assert not entropy.requires_grad
+        for got, want in zip(torch.autograd.grad((logps * weights).sum(), leaves), expected_grads, strict=True):
+            assert relative(got, want) < 1e-5
+
+
+def test_logprobs_never_hold_the_vocabulary_for_all():
+    """LESSONS 9: [tokens, vocabulary] of a batch is what runs out of memory, forward or backward."""
+    hidden, head = torch.randn(50, 16, requires_grad=True), torch.nn.Linear(16, 97, bias=False)
+    largest = [0]
+
+    class Largest(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            largest[0] = max([largest[0]] + [x.numel() for x in tree_leaves(out) if isinstance(x, torch.Tensor)])
+            return out
+
+    with Largest():
+        rollout.token_logprobs(hidden, head, torch.zeros(50, dtype=torch.long), 1.0, chunk=8)[0].sum().backward()
+    assert largest[0] == 97 * 16  # the weight's own gradient; one chunk has 8 * 97, the whole batch 50 * 97
+
+
+def test_logprobs_under_autocast():
+    """bf16 products, float32 probabilities and float32 gradients of the float32 weight."""
+    torch.manual_seed(0)
+    hidden, head = torch.randn(50, 16), torch.nn.Linear(16, 97, bias=False)
+    targets = torch.randint(0, 97, (50,))
+    with torch.autocast("cpu", torch.bfloat16):
+        logps, _ = rollout.token_logprobs(hidden, head, targets)
+    logps.sum().backward()
+    expected = torch.log_softmax(head(hidden), -1).gather(1, targets[:, None])[:, 0]
+    assert logps.dtype == head.weight.grad.dtype == torch.float32
+    torch.testing.assert_close(logps, expected, atol=0.02, rtol=0.01)
+    assert relative(head.weight.grad, torch.autograd.grad(expected.sum(), head.weight)[0]) < 0.01
 
 
 def test_rows_and_packing_are_inverse():
