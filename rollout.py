@@ -341,10 +341,10 @@ def token_logprobs(hidden_AD, head, targets_A, temperature=1.0, chunk=None):
     """Log-probabilities and entropies of the target tokens under softmax(head(hidden) / temperature), both float32 [A].
 
     head: the model's output layer, a torch.nn.Linear. Runs in chunks of `chunk` positions (by default so many that a chunk
-    has 2**23 logits) that are computed again in the backward pass, so [A, vocabulary] never exists. The entropies carry no
+    has 2**24 logits) that are computed again in the backward pass, so [A, vocabulary] never exists. The entropies carry no
     gradient; they are a statistic.
     """
-    chunk = chunk or max(1, 2**23 // head.weight.shape[0])
+    chunk = chunk or max(1, 2**24 // head.weight.shape[0])
     device = hidden_AD.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.weight.dtype
     return _TokenLogprobs.apply(hidden_AD, head.weight, head.bias, targets_A, temperature, chunk, dtype)
@@ -719,28 +719,35 @@ def sample(
 # Measuring itself ------------------------------------------------------------------------------------------------------
 
 
-def _measure(run, device):
-    """(seconds, bytes) of a call: its time, and the peak memory above what was held before it (None where unknown)."""
-    cuda = device.type == "cuda"
-    gc.collect()
-    if cuda:
+def _memory(device):
+    """(bytes held now, highest since the last call) of this process, None where that cannot be told; resets the peak."""
+    if device.type == "cuda":
+        values = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        held = torch.cuda.memory_allocated()
-        torch.cuda.synchronize()
-    elif sys.platform == "linux":
+        return values
+    if sys.platform != "linux":
+        return None
+    status = Path("/proc/self/status").read_text()
+    Path("/proc/self/clear_refs").write_text("5")
+    return tuple(int(re.search(rf"{key}:\s+(\d+)", status)[1]) * 1024 for key in ("VmRSS", "VmHWM"))
+
+
+def _peak(run, device):
+    """Peak memory of a call above what was held before it, in bytes, None where that cannot be told."""
+    gc.collect()
+    if sys.platform == "linux":
         ctypes.CDLL("libc.so.6").malloc_trim(0)  # else memory that was freed before hides what is taken now
-        Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
-        held = int(re.search(r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+    before, _, after = _memory(device), run(), _memory(device)
+    return None if before is None else after[1] - before[0]
+
+
+def _seconds(run, device):
+    """Time of a call."""
     start = time.perf_counter()
     run()
-    if cuda:
+    if device.type == "cuda":
         torch.cuda.synchronize()
-    seconds = time.perf_counter() - start
-    if cuda:
-        return seconds, torch.cuda.max_memory_allocated() - held
-    if sys.platform == "linux":
-        return seconds, int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024 - held
-    return seconds, None
+    return time.perf_counter() - start
 
 
 def _hardware(device, dtype):
@@ -748,7 +755,7 @@ def _hardware(device, dtype):
     a = torch.randn(4096, 4096, device=device, dtype=dtype)
     source = torch.zeros(2**26, device=device)
     target = source.clone()
-    best = lambda run: min(_measure(run, device)[0] for _ in range(5))
+    best = lambda run: min(_seconds(run, device) for _ in range(5))
     return 2 * 4096**3 / best(lambda: a @ a), 2 * 4 * 2**26 / best(lambda: target.copy_(source))
 
 
@@ -780,19 +787,15 @@ def _bench_sampling(model, prompts, group_size, T, repeats, rates):
 
 
 def _compare(title, runs, repeats, tokens, limit, device):
-    """Run each in turn, `repeats` times; print the best time of each, the ratio, peak memory, the share of the limit."""
-    results = {name: [] for name in runs}
-    for _ in range(repeats):
-        for name, run in runs.items():
-            results[name].append(_measure(run, device))
-    seconds = {name: min(s for s, _ in result) for name, result in results.items()}
-    slowest = max(seconds.values())
-    for name, result in results.items():
-        peak = max((p for _, p in result if p is not None), default=None)
-        memory = "" if peak is None else f"{peak / 2**20:9.0f} MiB"
+    """Run each in turn; print the best time of each, the ratio, peak memory (of a run before), and the share of the limit."""
+    peaks = {name: _peak(run, device) for name, run in runs.items()}
+    rounds = [{name: _seconds(run, device) for name, run in runs.items()} for _ in range(repeats)]
+    best = {name: min(times[name] for times in rounds) for name in runs}
+    for name, seconds in best.items():
+        memory = "" if peaks[name] is None else f"{peaks[name] / 2**20:9.0f} MiB"
         print(
-            f"{title:<10}{name:<22}{seconds[name]:9.3f} s{tokens / seconds[name]:10.0f} tok/s{slowest / seconds[name]:7.1f}x"
-            f"{memory}{limit / seconds[name]:8.0%} of the limit",
+            f"{title:<10}{name:<22}{seconds:9.3f} s{tokens / seconds:10.0f} tok/s{max(best.values()) / seconds:7.1f}x"
+            f"{memory}{limit / seconds:8.0%} of the limit",
             flush=True,
         )
 
@@ -815,19 +818,20 @@ def _bench_training(model, prompts, group_size, T, repeats, rates):
         use_tree_attention(model)
         _training_step(model, Tree(prompts, answers, device))
 
-    def padded():
+    def padded(positions):
         model.zero_grad()
         model.set_attn_implementation("sdpa")
         width = max(map(len, rows))
         ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)
         mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device)
-        logits = model(ids, attention_mask=mask, logits_to_keep=T + 1).logits[:, :-1].float()
-        logps = torch.log_softmax(logits, -1).gather(-1, ids[:, -T:, None])  # all answers have T tokens
+        logits = model(ids, attention_mask=mask, logits_to_keep=positions).logits[:, -T - 1 : -1].float()
+        logps = torch.log_softmax(logits, -1).gather(-1, ids[:, -T:, None])  # all rows have the same length
         (-logps.mean()).backward()
 
     tree, drawn = Tree(prompts, answers), len(rows) * T
     limit = _limit(model, tree.input_ids.shape[1] - drawn, drawn, 3, 3, rates)
-    _compare("training", {"tree": packed, "padded batch": padded}, repeats, drawn, limit, device)
+    runs = {"tree": packed, "padded batch": lambda: padded(0), "padded, answer logits": lambda: padded(T + 1)}
+    _compare("training", runs, repeats, drawn, limit, device)
 
 
 def _bench_lengths(model, prompts, group_size, T, repeats, rates):
@@ -865,12 +869,17 @@ def _bench_memory(config, prompts, group_size, T, device):
     for vocabulary in (32_000, 152_000):
         config = type(config).from_dict(config.to_dict() | {"vocab_size": vocabulary})
         model = use_tree_attention(AutoModelForCausalLM.from_config(config, dtype=torch.float32)).to(device)
-        tree = Tree(prompts, answers, device)
-        _training_step(model, tree)  # from here on the gradients are held
-        peak = _measure(lambda model=model, tree=tree: _training_step(model, tree), device)[1]
-        logits = len(tree.targets_A) * vocabulary * 4 / 2**20
-        if peak is not None:
-            print(f"memory    vocabulary {vocabulary:<11,}{peak / 2**20:9.0f} MiB (one [tokens, vocabulary]: {logits:.0f} MiB)")
+        embedding, tree = model.get_input_embeddings().weight, Tree(prompts, answers, device)
+        for trained in (False, True):
+            embedding.requires_grad_(trained)
+            _training_step(model, tree)  # from here on the gradients are held
+            peak = _peak(lambda model=model, tree=tree: _training_step(model, tree), device)
+            if peak is not None:
+                print(
+                    f"memory    vocabulary {vocabulary:<8,}embedding {'trained' if trained else 'frozen ':<9}"
+                    f"{peak / 2**20:6.0f} MiB   (embedding {embedding.numel() / 2**18:.0f} MiB, "
+                    f"logits of all answers {len(tree.targets_A) * vocabulary / 2**18:.0f} MiB)"
+                )
 
 
 def _bench_model(folder):
