@@ -1,7 +1,14 @@
 """Teacher -> student on logits.                                                                     (how is it served?)
 
+    torchrun distill.py --teacher runs/notes/model --task data/notes --student FOLDER --out runs/student
+
 The large model that reinforcement learning made is too slow to judge every pair; a light student answers in its place.
-Two losses teach it, and both compare distributions, not sampled text:
+1. The teacher reasons about every pair, M times; its distribution over the labels, read at the answer position behind each
+   reasoning, is averaged and stored (--cache), with the reasonings. No gold label is needed for that.
+2. A student learns from it: a causal model that gives the label first, or a classifier over (query, document).
+3. Teacher and student side by side: quality, calibration, time per pair.
+
+The losses compare distributions, not sampled text:
 
     loss = label_kd_loss(student_logits_NY, teacher_probs_NY, gold_N, temperature=2.0, gold_weight=0.1)
     loss = token_kd_loss(student_hidden_AD, student.lm_head, teacher_hidden_AE, teacher.lm_head, kind="forward")
@@ -14,21 +21,37 @@ students that must also write the explanation.
 Where the parts come from:
 - temperature on both sides, the factor temperature**2 and the average with the gold label: Hinton et al. 2015
   (arXiv 1503.02531);
-- forward, reverse and generalised Jensen-Shannon divergence for each token: GKD (arXiv 2306.13649);
+- forward, reverse and generalised Jensen-Shannon divergence for each token, on the teacher's reasonings or on the student's
+  own (on-policy): GKD (arXiv 2306.13649);
 - ours: the gold label is mixed in only where a pair has one; the Jensen-Shannon divergence is rescaled so that it does
   not vanish at its ends; the factor temperature**2 also for tokens.
 
-This file needs torch only; copy it alone.
-
-Shapes: N pairs, Y labels, A answer positions (those that predict an answer token, over all answers of a batch), D width
-of the student, E width of the teacher, V vocabulary that student and teacher have in common.
+Shapes: N pairs, Y labels, M reasonings of a pair, A answer positions (those that predict an answer token, over all answers
+of a batch), D width of the student, E width of the teacher, V vocabulary that student and teacher have in common.
 """
 
+import hashlib
+import itertools
+import json
 import math
+import os
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, get_cosine_schedule_with_warmup
+from transformers.utils import logging as hf_logging
+
+import grm
+import rollout
 
 UNLABELLED = -100  # what torch's cross-entropy ignores
 
@@ -189,3 +212,486 @@ def token_kd_loss(
     # All weights 0: the total is 0 too, and so is the loss.
     denominator = float(_at_least_float32(weights_A).sum() if denominator is None else denominator) or 1.0
     return temperature**2 * total / denominator
+
+
+# Settings and data ----------------------------------------------------------------------------------------------------
+
+
+def setting(default, text):
+    """A field of Config with its help text."""
+    return field(default=default, metadata={"help": text.replace("%", "%%")})  # argparse formats help texts
+
+
+@dataclass
+class Config:
+    """All settings of a distillation. TASK/distill.json may hold others; the command line wins over both."""
+
+    teacher: str = setting("runs/notes/model", "the teacher's model folder, as train.py writes it")
+    task: str = setting("data/notes", "task folder: criteria.md, train.jsonl, test*.jsonl")
+    student: str = setting("", "student's model folder, with or without weights (default: TASK/student)")
+    out: str = setting("runs/student", "folder for everything that the run writes")
+    cache: str = setting("", "folder of the teacher's label distributions, for all students (default: TEACHER-labels)")
+    pairs: str = setting("train.jsonl,sft.jsonl", "files of TASK to learn from; a pair needs no label")
+    labelled: int = setting(-1, "use the gold labels of the first so many pairs only (-1: all)")
+    seed: int = setting(0, "seeds the teacher's reasonings, fresh weights and the order of the pairs")
+    # teacher
+    samples: int = setting(4, "reasonings of the teacher for each pair")
+    sampling_temperature: float = setting(1.0, "temperature of these reasonings")
+    max_new_tokens: int = setting(512, "longest reasoning, in tokens")
+    cache_tokens: int = setting(131072, "token budget of the key-value cache when sampling")
+    max_tokens: int = setting(32768, "token budget of one forward pass")
+    # student
+    loss: Literal["label", "gold", "forward", "reverse", "js"] = setting(
+        "label", "label: KL on label logits; gold: labelled pairs alone, no teacher; forward, reverse, js: on every token"
+    )
+    on_policy: bool = setting(False, "token losses on the student's own samples instead of the teacher's reasonings")
+    temperature: float = setting(1.0, "temperature of teacher and student in the loss")
+    gold_weight: float = setting(0.1, "share of the gold label's cross-entropy where a pair has a label")
+    beta: float = setting(0.5, "of js: between forward (0) and reverse (1)")
+    input: Literal["pair", "prompt"] = setting("pair", "what a classifier reads: query and document, or the task's prompt")
+    max_length: int = setting(512, "a classifier's longest input, in tokens")
+    steps: int = setting(2000, "optimizer steps")
+    batch: int = setting(64, "pairs a step")
+    lr: float = setting(5e-5, "peak learning rate: warm-up over 5 % of the steps, then cosine to 0")
+    weight_decay: float = setting(0.01, "AdamW's weight decay")
+
+
+def parse_config(argv=None):
+    """Command line over TASK/distill.json over defaults. Raises grm.TaskError for what is unknown or impossible."""
+    config, task = grm.parse_settings(Config, "distill.json", __doc__.split("\n")[0], argv)
+    config.student = config.student or str(task / "student")
+    config.cache = config.cache or config.teacher.rstrip("/") + "-labels"
+    for name in ("samples", "max_new_tokens", "cache_tokens", "max_tokens", "max_length", "steps", "batch"):
+        if getattr(config, name) < 1:
+            raise grm.TaskError(f"--{name} {getattr(config, name)}: must be at least 1")
+    for name in ("lr", "temperature", "sampling_temperature"):
+        if not 0 < getattr(config, name) < math.inf:
+            raise grm.TaskError(f"--{name} {getattr(config, name)}: must be positive and finite")
+    if not 0 <= config.gold_weight <= 1 or not 0 < config.beta < 1:
+        raise grm.TaskError("--gold_weight must be from 0 to 1, --beta between 0 and 1")
+    if config.on_policy and config.loss in ("label", "gold"):
+        raise grm.TaskError(f"--on_policy: the {config.loss} loss has no samples; choose --loss forward, reverse or js")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise grm.TaskError("several processes are not supported yet; run `python distill.py` or torchrun with one process")
+    if Path(config.out).exists() and any(Path(config.out).iterdir()):
+        raise grm.TaskError(f"--out {config.out}: exists; choose another folder, or delete it")
+    return config
+
+
+def read_pairs(config, task):
+    """The pairs to learn from, each with `gold`: the index of its label, or UNLABELLED; and the test sets, by name."""
+    folder, records = Path(config.task), []
+    for name in config.pairs.split(","):
+        records += task.read(folder / name.strip(), fields=())
+    for i, record in enumerate(records):
+        known = "label" in record and (config.labelled < 0 or i < config.labelled)
+        record["gold"] = task.labels.index(record["label"]) if known else UNLABELLED
+    tests = {path.stem: task.read(path) for path in sorted(folder.glob("test*.jsonl"))}
+    if not tests:
+        raise grm.TaskError(f"{folder}: holds no test*.jsonl to evaluate on")
+    if config.loss == "gold":
+        records = [record for record in records if record["gold"] != UNLABELLED]
+        if not records:
+            raise grm.TaskError("--loss gold: no pair has a label")
+    return records, tests
+
+
+# Stage 1: what the teacher thinks -------------------------------------------------------------------------------------
+
+SHARD = 2048  # pairs in a file of the cache
+
+
+class Teacher:
+    """The teacher's model, its tokens, and its cache of label distributions."""
+
+    def __init__(self, config, task):
+        self.config = config
+        self.model, self.tokenizer = grm.load_model(config.teacher)
+        rollout.use_tree_attention(self.model)
+        room = self.model.config.max_position_embeddings - config.max_new_tokens - 16
+        self.tokens = grm.TokenTask(task, self.tokenizer, room)
+        budgets = (config.max_new_tokens, config.max_tokens, config.cache_tokens)
+        self.engine = rollout.TreeEngine(self.model, self.tokens.eos_id, *budgets)
+
+    def labels(self, records):
+        """(probs_NY float32, traces) of all records, from the cache as far as it goes. traces: for each record the list of
+        its well-formed reasonings (ids). A pair without any has probabilities 0. Raises grm.TaskError for a stale cache,
+        and if more than half of the reasonings are malformed."""
+        folder, count = Path(self.config.cache), len(records)
+        index = {"hash": self._hash(records), "pairs": count, "shard": SHARD, "labels": self.tokens.task.labels}
+        path, shards = folder / "index.json", range(0, count, SHARD)
+        if path.exists() and json.loads(path.read_text(encoding="utf-8")) != index:
+            raise grm.TaskError(
+                f"--cache {folder}: is stale, of another teacher, task, pairs or settings; delete it, or choose another folder"
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(index) + "\n", encoding="utf-8")
+        prompts = self.tokens.prompts(records)
+        bar = tqdm(total=count, desc="teacher", unit="pair", disable=None, dynamic_ncols=True)
+        probs, traces, asked = [], [], 0
+        for start in shards:
+            file = folder / f"labels-{start // SHARD:05d}.safetensors"
+            if not file.exists():
+                save_file(self._judge(prompts[start : start + SHARD], start), f"{file}.tmp")
+                os.replace(f"{file}.tmp", file)
+            shard = load_file(file)
+            probs.append(shard["probs_NY"])
+            flat, at = shard["ids"].tolist(), 0
+            for lengths_M in shard["lengths_NM"].tolist():
+                ends = np.cumsum([at, *lengths_M]).tolist()
+                traces.append([flat[a:b] for a, b in itertools.pairwise(ends) if b > a])
+                at, asked = ends[-1], asked + len(lengths_M)
+            bar.update(len(probs[-1]))
+            malformed = 1 - sum(map(len, traces)) / max(asked, 1)
+            if malformed > 0.5:
+                raise grm.TaskError(
+                    f"{self.config.teacher}: {malformed:.0%} of {asked} answers are malformed; is it trained for this task's "
+                    "format, and --max_new_tokens long enough?"
+                )
+        bar.close()
+        return torch.cat(probs), traces
+
+    def _hash(self, records):
+        """Of all that the distributions depend on."""
+        c, digest = self.config, hashlib.sha256()
+        reasons = self.tokens.task.format == "reason-first" or c.loss != "label"
+        settings = (c.samples, c.sampling_temperature, c.max_new_tokens, c.seed) if reasons else ()
+        digest.update(json.dumps([self.tokens.task.criteria, self.tokens.task.format, settings]).encode())
+        for path in sorted(p for p in Path(c.teacher).glob("*") if p.suffix in (".safetensors", ".json", ".jinja")):
+            with open(path, "rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        for record in records:
+            digest.update(json.dumps([record["query"], record["document"]]).encode())
+        return digest.hexdigest()
+
+    @torch.no_grad()
+    def _judge(self, prompts, first):
+        """A shard: {"probs_NY": mean distributions, "ids": all well-formed reasonings end to end, "lengths_NM": 0 where
+        malformed}. An answer-first teacher does not reason before its label: one prefill, no samples."""
+        tokens, M = self.tokens, self.config.samples
+        if tokens.task.format == "answer-first" and self.config.loss == "label":
+            logits_NY = self.engine.label_logits([prompt + tokens.opening for prompt in prompts], tokens.label_ids)
+            ones = torch.ones(len(prompts), 1, dtype=torch.int32)
+            return {"probs_NY": logits_NY.softmax(-1), "ids": ones[:, 0].contiguous(), "lengths_NM": ones}
+        sampled = rollout.sample(
+            self.model, prompts, group_size=M, max_new_tokens=self.config.max_new_tokens, eos_id=tokens.eos_id,
+            temperature=self.config.sampling_temperature, seed=self.config.seed, first_row=first * M,
+            cache_tokens=self.config.cache_tokens,
+        )  # fmt: skip
+        kept, cut, lengths = [], [], []
+        for group in sampled.answers():
+            traces = [tokens.parse(answer) for answer in group]
+            at = 0 if tokens.task.format == "answer-first" else -1
+            good = [t.problem is None and t.steps[at].label_at is not None for t in traces]
+            lengths.append([len(a) * ok for a, ok in zip(group, good, strict=True)])
+            kept += [token for a, ok in zip(group, good, strict=True) if ok for token in a]
+            cut.append([a[: t.steps[at].label_at + 1] for a, t, ok in zip(group, traces, good, strict=True) if ok])
+        probs_NY = torch.zeros(len(prompts), len(tokens.label_ids))
+        usable = [i for i, group in enumerate(cut) if group]
+        chosen, answers = [prompts[i] for i in usable], [cut[i] for i in usable]
+        for part in rollout.micro_batches(chosen, answers, self.config.max_tokens) if usable else ():
+            tree = rollout.Tree(chosen[part], answers[part], self.model.device)
+            last_N = tree.lengths_N.cumsum(0) - 1  # the position that predicts each answer's label
+            logits_NV = self.model.get_output_embeddings()(rollout.answer_hidden(self.model, tree)[last_N])
+            rows = logits_NV[:, tokens.label_ids].float().softmax(-1).cpu().split([len(group) for group in answers[part]])
+            for i, probs_MY in zip(usable[part], rows, strict=True):
+                probs_NY[i] = probs_MY.mean(0)
+        as_tensor = lambda values: torch.tensor(values, dtype=torch.int32)
+        return {"probs_NY": probs_NY, "ids": as_tensor(kept), "lengths_NM": as_tensor(lengths)}
+
+    def predict(self, records):
+        """Its judgements, as grm.metrics takes them: greedy, after its own reasoning."""
+        return grm.judge(self.tokens, self.engine, records, explain=False)
+
+
+# Stage 2: the student -------------------------------------------------------------------------------------------------
+
+
+class CausalStudent:
+    """A decoder-only model that gives the label first: behind the prompt and "\\boxed{", one prefill, no reasoning. With a
+    token loss it is a small copy of the teacher instead, and reasons in the task's own format."""
+
+    def __init__(self, config, task):
+        self.config, self.task, self.reasons = config, task, config.loss in ("forward", "reverse", "js")
+        self.model, self.tokenizer = grm.load_model(config.student, seed=config.seed)
+        rollout.use_tree_attention(self.model)
+        room = self.model.config.max_position_embeddings - config.max_new_tokens * self.reasons - 16
+        self.tokens = grm.TokenTask(task, self.tokenizer, room)
+        budgets = (config.max_new_tokens, config.max_tokens, config.cache_tokens)
+        self.engine = rollout.TreeEngine(self.model, self.tokens.eos_id, *budgets)
+
+    def encode(self, records):
+        """Ids that label_logits reads."""
+        return [prompt + self.tokens.opening for prompt in self.tokens.prompts(records)]
+
+    def label_logits(self, encoded):
+        """float32 [N, Y]."""
+        tree = rollout.Tree(encoded, [[[self.tokens.label_ids[0]]]] * len(encoded), self.model.device)
+        logits_NV = self.model.get_output_embeddings()(rollout.answer_hidden(self.model, tree))
+        return logits_NV[:, self.tokens.label_ids].float()
+
+    def predict(self, records):
+        """Its judgements, as grm.metrics takes them."""
+        if self.reasons:
+            return grm.judge(self.tokens, self.engine, records, explain=False)
+        with torch.no_grad():
+            return as_predictions(self.task, self.label_logits(self.encode(records)))
+
+    def save(self, out):
+        """OUT/model and, for a student that gives the label first, OUT/task: the criteria with that format, for grm.py."""
+        self.model.save_pretrained(out / "model")
+        self.tokenizer.save_pretrained(out / "model")
+        if not self.reasons:
+            head = {"labels": self.task.labels, "relevant": self.task.relevant, "steps": [], "format": "answer-first"}
+            front = "".join(f"{name}: {json.dumps(value)}\n" for name, value in head.items())
+            (out / "task").mkdir()
+            (out / "task" / "criteria.md").write_text(f"---\n{front}---\n{self.task.criteria}\n", encoding="utf-8")
+
+
+class ClassifierStudent:
+    """An AutoModelForSequenceClassification over query and document as a text pair, or over the task's prompt. As a text
+    pair, its folder is what sentence-transformers' CrossEncoder and transformers' pipeline load."""
+
+    def __init__(self, config, task):
+        self.config, self.task, self.reasons = config, task, False
+        folder, Y = Path(config.student), len(task.labels)
+        try:
+            model_config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+            self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            trained = bool(list(folder.glob("*.safetensors"))) or not folder.is_dir()
+            if trained and "ForSequenceClassification" in str(model_config.architectures):
+                self._check_labels(model_config)
+            else:
+                model_config.id2label = dict(enumerate(task.labels))
+                model_config.label2id = {label: i for i, label in enumerate(task.labels)}
+            torch.manual_seed(config.seed)
+            kind, settings = AutoModelForSequenceClassification, {"trust_remote_code": False}
+            if trained:
+                self.model = kind.from_pretrained(folder, config=model_config, use_safetensors=True, **settings)
+            else:
+                self.model = kind.from_config(model_config, **settings)
+        except (OSError, ValueError, KeyError) as error:
+            if isinstance(error, grm.TaskError):
+                raise
+            raise grm.TaskError(f"--student {folder}: cannot be loaded: {str(error).splitlines()[0]}") from error
+        self.model.to("cuda" if torch.cuda.is_available() else "cpu")
+        self.order = [self.model.config.label2id[label] for label in task.labels]
+        assert len(self.order) == Y
+        context = getattr(model_config, "max_position_embeddings", config.max_length)
+        self.length = min(config.max_length, context)
+        self.tokens = grm.TokenTask(task, self.tokenizer, self.length) if config.input == "prompt" else None
+
+    def _check_labels(self, model_config):
+        names = set(map(str, model_config.id2label.values()))
+        if missing := [label for label in self.task.labels if label not in names]:
+            raise grm.TaskError(
+                f"--student {self.config.student}: its classifier has no label {', '.join(missing)} (it has "
+                f"{', '.join(sorted(names))}); name the labels in its config.json, or start from the model without a classifier"
+            )
+
+    def encode(self, records):
+        """What label_logits reads: a dict of lists for each pair."""
+        if self.tokens:
+            return [{"input_ids": ids} for ids in self.tokens.prompts(records)]
+        queries, documents = [r["query"] for r in records], [r["document"] for r in records]
+        settings = {"truncation": "only_second", "max_length": self.length, "split_special_tokens": True}
+        batch = self.tokenizer(queries, documents, **settings)
+        return [{name: batch[name][i] for name in batch} for i in range(len(records))]
+
+    def label_logits(self, encoded):
+        """float32 [N, Y], in the order of the task's labels."""
+        batch = self.tokenizer.pad(encoded, return_tensors="pt").to(self.model.device)
+        return self.model(**batch).logits[:, self.order].float()
+
+    def predict(self, records):
+        """Its judgements, as grm.metrics takes them."""
+        with torch.no_grad():
+            return as_predictions(self.task, self.label_logits(self.encode(records)))
+
+    def save(self, out):
+        """OUT/model."""
+        self.model.save_pretrained(out / "model")
+        self.tokenizer.save_pretrained(out / "model")
+
+
+def as_predictions(task, logits_NY):
+    """Judgements from label logits, as grm.metrics takes them."""
+    probs_NY = torch.softmax(logits_NY, -1).double().cpu().numpy()
+    return [
+        {
+            "label": task.labels[int(row.argmax())],
+            "grade": float(task.grade(row)),
+            "probs": dict(zip(task.labels, row, strict=True)),
+        }
+        for row in probs_NY
+    ]
+
+
+def make_student(config, task):
+    """The student of a folder: a causal model if its config says so, else a classifier."""
+    folder = Path(config.student)
+    if folder.exists() and not (folder / "config.json").is_file():
+        raise grm.TaskError(f"--student {folder}: no config.json")
+    try:
+        architectures = AutoConfig.from_pretrained(config.student, trust_remote_code=False).architectures or []
+    except (OSError, ValueError) as error:
+        raise grm.TaskError(f"--student {config.student}: {str(error).splitlines()[0]}") from None
+    causal = any(name.endswith("ForCausalLM") for name in architectures)
+    if not causal and config.loss in ("forward", "reverse", "js"):
+        raise grm.TaskError(f"--loss {config.loss}: compares tokens, and {config.student} is a classifier; use --loss label")
+    return CausalStudent(config, task) if causal else ClassifierStudent(config, task)
+
+
+def check_vocabularies(teacher, student, loss):
+    """Token losses need ids that mean the same in both; the longer vocabulary is cut to the common part."""
+    ids = [{i: token for token, i in tokenizer.get_vocab().items()} for tokenizer in (teacher, student)]
+    common = min(map(len, ids))
+    if any(ids[0].get(i) != ids[1].get(i) for i in range(common)):
+        raise grm.TaskError(f"--loss {loss}: teacher and student have different tokenizers; use --loss label")
+
+
+def token_loss(config, teacher, student, prompts, answers):
+    """token_kd_loss of answers (a list for each prompt) under both models."""
+    trees = [rollout.Tree(prompts, answers, model.device) for model in (teacher.model, student.model)]
+    student_AD = rollout.answer_hidden(student.model, trees[1])
+    with torch.no_grad():
+        teacher_AE = rollout.answer_hidden(teacher.model, trees[0])
+    heads = student.model.get_output_embeddings(), teacher.model.get_output_embeddings()
+    return token_kd_loss(
+        student_AD, heads[0], teacher_AE, heads[1], kind=config.loss, beta=config.beta, temperature=config.temperature
+    )
+
+
+def train(config, teacher, student, records, probs_NY, traces):
+    """The student's training; returns the seconds it took."""
+    start, model = time.perf_counter(), student.model
+    usable = [i for i in range(len(records)) if config.loss == "gold" or (traces[i] and (student.reasons or probs_NY[i].sum()))]
+    if student.reasons:
+        prompts = student.tokens.prompts(records)
+    else:
+        encoded, gold_N = student.encode(records), torch.tensor([r["gold"] for r in records])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+    schedule = get_cosine_schedule_with_warmup(optimizer, round(0.05 * config.steps), config.steps)
+    draw, order = np.random.default_rng(config.seed), []
+    torch.manual_seed(config.seed)  # dropout
+    model.train()
+    bar = tqdm(range(config.steps), desc="student", unit="step", disable=None, dynamic_ncols=True)
+    with open(Path(config.out) / "metrics.jsonl", "w", encoding="utf-8") as log:
+        for step in bar:
+            while len(order) < config.batch:
+                order += draw.permutation(usable).tolist()
+            batch, order = order[: config.batch], order[config.batch :]
+            if student.reasons:
+                chosen = [prompts[i] for i in batch]
+                answers = [traces[i] for i in batch]
+                if config.on_policy:
+                    model.eval()
+                    settings = {"max_new_tokens": config.max_new_tokens, "eos_id": student.tokens.eos_id}
+                    answers = rollout.sample(model, chosen, seed=config.seed, step=step, **settings).answers()
+                    model.train()
+                loss = token_loss(config, teacher, student, chosen, answers)
+            else:
+                logits_NY, gold = student.label_logits([encoded[i] for i in batch]), gold_N[batch].to(model.device)
+                if config.loss == "gold":
+                    loss = F.cross_entropy(logits_NY, gold)
+                else:
+                    teacher_NY = probs_NY[batch].to(model.device)
+                    loss = label_kd_loss(logits_NY, teacher_NY, gold, config.temperature, config.gold_weight)
+            optimizer.zero_grad()
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            if not torch.isfinite(norm):
+                raise RuntimeError(f"step {step + 1}: the gradient norm is {norm}; lower the learning rate")
+            optimizer.step()
+            schedule.step()
+            log.write(json.dumps({"step": step + 1, "loss": float(loss), "grad_norm": float(norm)}) + "\n")
+            bar.set_postfix_str(f"loss {float(loss):.3f}")
+    model.eval()
+    return time.perf_counter() - start
+
+
+# Stage 3: side by side ------------------------------------------------------------------------------------------------
+
+
+def expected_calibration_error(records, predictions, bins=15):
+    """Mean gap between the probability of the predicted label and how often it is right, over equal-width bins."""
+    confidence_N = np.array([p["probs"].get(p["label"], 0.0) for p in predictions])
+    right_N = np.array([p["label"] == r["label"] for p, r in zip(predictions, records, strict=True)])
+    bin_N = np.minimum((confidence_N * bins).astype(int), bins - 1)
+    gaps = [abs(confidence_N[bin_N == b].mean() - right_N[bin_N == b].mean()) * (bin_N == b).mean() for b in set(bin_N)]
+    return float(sum(gaps))
+
+
+def milliseconds(predict, records, batch):
+    """Milliseconds a pair in batches of `batch`: the best of three passes over up to four batches."""
+    records = (records * batch)[: min(4 * batch, max(batch, len(records)))]
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        for i in range(0, len(records), batch):
+            predict(records[i : i + batch])
+        times.append(time.perf_counter() - start)
+    return 1000 * min(times) / len(records)
+
+
+def evaluate(task, judge, tests):
+    """{test set: metrics} of a teacher or student, with calibration, time and size."""
+    out = {}
+    for name, records in tests.items():
+        predictions = [p for i in range(0, len(records), 256) for p in judge.predict(records[i : i + 256])]
+        out[name] = grm.metrics(task, records, predictions) | {"ece": expected_calibration_error(records, predictions)}
+    records = next(iter(tests.values()))
+    times = {f"ms_per_pair_batch_{batch}": milliseconds(judge.predict, records, batch) for batch in (1, 64)}
+    return {"tests": out, **times, "parameters": sum(p.numel() for p in judge.model.parameters())}
+
+
+def print_table(summary):
+    """One line for each model and test set."""
+    print(f"\n{'':9}{'test set':<16}{'accuracy':>9}{'macro-F1':>10}{'kappa':>7}{'nDCG@10':>9}{'ECE':>7}"
+          f"{'ms, batch 1':>13}{'ms, batch 64':>14}{'parameters':>13}")  # fmt: skip
+    for who in ("teacher", "student"):
+        if who in summary:
+            for name, m in summary[who]["tests"].items():
+                ndcg = f"{m['ndcg@10']:.3f}" if "ndcg@10" in m else "-"
+                times = [summary[who][f"ms_per_pair_batch_{batch}"] for batch in (1, 64)]
+                print(f"{who:<9}{name:<16}{m['accuracy']:>9.3f}{m['macro_f1']:>10.3f}{m['kappa']:>7.3f}{ndcg:>9}{m['ece']:>7.3f}"
+                      f"{times[0]:>13.2f}{times[1]:>14.3f}{summary[who]['parameters']:>13,}")  # fmt: skip
+
+
+def main():
+    """Check everything, ask the teacher, train the student, compare."""
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    try:
+        config = parse_config()
+        task = grm.Task.load(config.task)
+        records, tests = read_pairs(config, task)
+        student = make_student(config, task)
+        teacher = None if config.loss == "gold" else Teacher(config, task)
+        if student.reasons:
+            check_vocabularies(teacher.tokenizer, student.tokenizer, config.loss)
+        start = time.perf_counter()
+        # Stage 1: what the teacher thinks
+        probs_NY, traces = teacher.labels(records) if teacher else (None, None)
+        summary = {"config": asdict(config), "teacher_s": time.perf_counter() - start}
+        Path(config.out).mkdir(parents=True, exist_ok=True)
+        # Stage 2: the student learns it
+        summary["training_s"] = train(config, teacher, student, records, probs_NY, traces)
+        student.save(Path(config.out))
+        # Stage 3: side by side
+        start = time.perf_counter()
+        if teacher:
+            summary["teacher"] = evaluate(task, teacher, tests)
+        summary["student"] = evaluate(task, student, tests)
+        summary["evaluation_s"] = time.perf_counter() - start
+    except (grm.TaskError, OSError) as error:
+        sys.exit(f"{error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped; what the teacher said is kept in --cache, and the same command goes on from there")
+    (Path(config.out) / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    print_table(summary)
+    print(f"\n{config.out}/model: the student; teacher {summary['teacher_s']:.0f} s, training {summary['training_s']:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

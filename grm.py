@@ -24,7 +24,7 @@ import torch
 import yaml
 from jinja2.exceptions import TemplateError
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, HfArgumentParser
 from transformers.utils import logging as hf_logging
 
 BOX = re.compile(r"\\boxed\{([^{}]*)\}")
@@ -142,6 +142,8 @@ class Task:
             record["step_labels"] = [self._label(label) for label in steps]
         if not isinstance(record.get("query_id", ""), str | int):
             raise ValueError("'query_id' must be a string or an integer")
+        if type(record.get("stage", 0)) is not int:
+            raise ValueError("'stage' must be an integer")
         return record
 
     def _label(self, value):
@@ -156,6 +158,39 @@ class Task:
         except ValueError:
             values = range(len(self.labels))
         return np.asarray(label_probs) @ np.asarray(values, dtype=np.float64)
+
+
+def parse_settings(config_class, name, description, argv=None):
+    """Settings from the command line, then the JSON file TASK/`name`, then the defaults of the dataclass `config_class`.
+
+    Returns (config, task folder as a Path). Raises TaskError for a file whose settings are unknown or of a wrong type;
+    an unknown flag ends the program with a usage message.
+    """
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--task", default=config_class.task)
+    task = Path(first.parse_known_args(argv)[0].task)
+    parser = HfArgumentParser(config_class, description=description, allow_abbrev=False)
+    argv, defaults, path = sys.argv[1:] if argv is None else list(argv), [], task / name
+    if path.is_file():
+        try:
+            values = json.loads(path.read_text(encoding="utf-8-sig"))
+        except ValueError as error:
+            raise TaskError(f"{path}: {error}") from None
+        if not isinstance(values, dict):
+            raise TaskError(f"{path}: must be a JSON object of settings")
+        if unknown := set(values) - set(config_class.__dataclass_fields__):
+            raise TaskError(f"{path}: unknown settings {', '.join(sorted(unknown))}")
+        defaults = [f"--{key}={value}" for key, value in values.items()]
+        parser.exit_on_error = False  # its own message would blame the command line
+        try:
+            parser.parse_known_args(defaults)
+        except argparse.ArgumentError as error:
+            raise TaskError(f"{path}: {error}") from None
+        parser.exit_on_error = True
+    config, unknown = parser.parse_args_into_dataclasses(defaults + argv, return_remaining_strings=True)  # the later wins
+    if unknown:
+        parser.error(f"unknown: {' '.join(unknown)}")
+    return config, task
 
 
 # Prompts and answers as token ids -------------------------------------------------------------------------------------
@@ -345,7 +380,11 @@ class TokenTask:
 
 
 def reward(trace, gold):
-    """1.0 for a well-formed answer with the gold label, else 0.0: 1(f(o) = l) of arXiv 2512.00968, nothing in between."""
+    """1.0 for a well-formed answer with the gold label, else 0.0: 1(f(o) = l) of arXiv 2512.00968, nothing in between.
+
+    Answer-first, the first box alone is the label. An explanation that contradicts it is well-formed: each of its steps is
+    judged by its own target, so stepwise credit goes to whichever of score and explanation is right (our rule).
+    """
     return float(trace.problem is None and trace.label == gold)
 
 
@@ -386,7 +425,8 @@ def metrics(task, records, predictions):
 
     predictions: dicts with `label` (None for a malformed answer), `grade` (float) and, optionally, `steps`.
     A malformed answer is wrong everywhere; for the kappa it counts as the label farthest from the gold one. macro_f1 is the
-    mean over the labels that occur in the gold data. ndcg@10 needs query_id, step_accuracy needs step_labels.
+    mean over the labels that occur in the gold data. ndcg@10 needs query_id, step_accuracy needs step_labels. contradicted
+    (answer-first): the share of answers whose last step ends at another label than the answer's.
     """
     labels, Y = task.labels, len(task.labels)
     gold = np.array([labels.index(r["label"]) for r in records])
@@ -407,6 +447,8 @@ def metrics(task, records, predictions):
             for r, p in zip(records, predictions, strict=True)
         ]
         out["step_accuracy"] = dict(zip(task.boxes, np.mean(right, 0).tolist(), strict=True))
+    if task.format == "answer-first" and task.steps and all("steps" in p for p in predictions):
+        out["contradicted"] = float(np.mean([bool(p["steps"]) and p["steps"][-1]["label"] != p["label"] for p in predictions]))
     if all("query_id" in r for r in records):
         queries = {}
         for record, prediction, gain in zip(records, predictions, gold, strict=True):

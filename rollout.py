@@ -350,6 +350,18 @@ def token_logprobs(hidden_AD, head, targets_A, temperature=1.0, chunk=None):
     return _TokenLogprobs.apply(hidden_AD, head.weight, head.bias, targets_A, temperature, chunk, dtype)
 
 
+def micro_batches(prompts, answers, max_tokens):
+    """Cut a batch into micro-batches of whole groups (slices of the prompts): at most max_tokens tokens each, or one group."""
+    slices, start, used = [], 0, 0
+    for i, (prompt, group) in enumerate(zip(prompts, answers, strict=True)):
+        need = len(prompt) + sum(map(len, group))
+        if used and used + need > max_tokens:
+            slices.append(slice(start, i))
+            start, used = i, 0
+        used += need
+    return [*slices, slice(start, len(prompts))]
+
+
 # Sampling -------------------------------------------------------------------------------------------------------------
 
 
@@ -714,6 +726,32 @@ def sample(
             progress(tokens)
     results = [x[:N] for x in (sampler.ids_NT, sampler.lengths_N, sampler.logprobs_NT, sampler.ended_N)]
     return Rollout(*results, group_size)
+
+
+class TreeEngine:
+    """Greedy answers and next-token logits for many prompts, with shared prefixes computed once.
+
+    model: under tree attention. max_tokens: token budget of one forward pass; cache_tokens: as in `sample`.
+    """
+
+    def __init__(self, model, eos_id, max_new_tokens, max_tokens=2**15, cache_tokens=2**17):
+        self.model, self.eos_id, self.max_tokens = model, eos_id, max_tokens
+        self.max_new_tokens, self.cache_tokens = max_new_tokens, cache_tokens
+
+    def generate(self, prompts):
+        """Greedy answers, lists of ids, EOS included where the model ended."""
+        settings = {"max_new_tokens": self.max_new_tokens, "cache_tokens": self.cache_tokens, "temperature": 0}
+        return [answer for (answer,) in sample(self.model, prompts, eos_id=self.eos_id, **settings).answers()]
+
+    @torch.no_grad()
+    def label_logits(self, sequences, label_ids):
+        """float32 logits [N, Y] of the label ids as the next token of each sequence, on the CPU."""
+        answers, out = [[[label_ids[0]]]] * len(sequences), []  # one token to predict, whichever
+        for part in micro_batches(sequences, answers, self.max_tokens):
+            tree = Tree(sequences[part], answers[part], self.model.device)
+            hidden_ND = answer_hidden(self.model, tree)
+            out.append(self.model.get_output_embeddings()(hidden_ND)[:, label_ids].float().cpu())
+        return torch.cat(out)
 
 
 # Measuring itself ------------------------------------------------------------------------------------------------------

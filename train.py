@@ -12,11 +12,10 @@
 OUT gets config.json, metrics.jsonl, timing.jsonl, samples.jsonl, curves.png, summary.json, and the Hugging Face folders sft/
 and model/. Settings come from the command line, then TASK/train.json, then the defaults below (which fit real models).
 
-Left out on purpose: reward models, critics, curricula over tasks, LoRA, trainer classes.
+Left out on purpose: reward models, critics, LoRA, trainer classes.
 Shapes: P prompts, G answers a prompt, N = P * G answers, T token positions, A answer tokens, K steps, D model width.
 """
 
-import argparse
 import copy
 import json
 import math
@@ -34,7 +33,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
-from transformers import GenerationConfig, HfArgumentParser
+from transformers import GenerationConfig
 from transformers.utils import logging as hf_logging
 
 import grm
@@ -77,48 +76,23 @@ class Config:
     clip_high: float = setting(0.2, "the probability ratio is clipped at 1 + clip_high")
     normalize_std: bool = setting(True, "divide advantages by their group's standard deviation")
     advantage_clamp: float = setting(0.0, "limit advantages to +- this (0: no limit)")
+    sft_coef: float = setting(0.0, "mode balance: weight of the SFT loss on a batch of demonstrations in each RL step")
+    curriculum: Literal["off", "passrate"] = setting("off", "passrate: prefer pairs that the model gets right sometimes")
     kl_coef: float = setting(0.0, "weight of the KL to the model at the start of RL (k2 estimator); keeps a frozen copy")
     is_cap: float = setting(2.0, "cap of the importance weight between sampler and trainer")
     weight_decay: float = setting(0.0, "AdamW's weight decay")
     max_grad_norm: float = setting(1.0, "gradients are clipped to this global norm")
 
 
-def read_defaults(parser, path):
-    """The settings of TASK/train.json, checked, as command-line arguments; none if there is no such file."""
-    if not path.is_file():
-        return []
-    try:
-        defaults = json.loads(path.read_text(encoding="utf-8-sig"))
-    except ValueError as error:
-        raise grm.TaskError(f"{path}: {error}") from None
-    if not isinstance(defaults, dict):
-        raise grm.TaskError(f"{path}: must be a JSON object of settings")
-    if unknown := set(defaults) - set(Config.__dataclass_fields__):
-        raise grm.TaskError(f"{path}: unknown settings {', '.join(sorted(unknown))}")
-    out = [f"--{name}={value}" for name, value in defaults.items()]
-    parser.exit_on_error = False  # its own message would blame the command line
-    try:
-        parser.parse_known_args(out)
-    except argparse.ArgumentError as error:
-        raise grm.TaskError(f"{path}: {error}") from None
-    parser.exit_on_error = True
-    return out
-
-
 def parse_config(argv=None):
     """Command line over TASK/train.json over defaults. Raises grm.TaskError for settings that are unknown or impossible."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--task", default=Config.task)
-    task = Path(first.parse_known_args(argv)[0].task)
-    parser = HfArgumentParser(Config, description=__doc__.split("\n")[0], allow_abbrev=False)
-    argv, defaults = sys.argv[1:] if argv is None else list(argv), read_defaults(parser, task / "train.json")
-    config, unknown = parser.parse_args_into_dataclasses(defaults + argv, return_remaining_strings=True)  # the later wins
-    if unknown:
-        parser.error(f"unknown: {' '.join(unknown)}")
+    config, task = grm.parse_settings(Config, "train.json", __doc__.split("\n")[0], argv)
     config.model = config.model or str(task / "model")
     config.out = config.out or str(Path("runs") / task.resolve().name)
     at_least = dict.fromkeys(("max_new_tokens", "max_tokens", "cache_tokens", "sft_batch", "prompts_per_step"), 1)
-    at_least |= dict.fromkeys(("seed", "sft_steps", "rl_steps", "eval_every", "save_every", "kl_coef", "weight_decay"), 0)
+    at_least |= dict.fromkeys(
+        ("seed", "sft_steps", "rl_steps", "eval_every", "save_every", "kl_coef", "sft_coef", "weight_decay"), 0
+    )
     at_least |= {"group_size": 2, "updates_per_batch": 1, "advantage_clamp": 0, "clip_low": 0, "clip_high": 0}
     for name, least in at_least.items():
         if not getattr(config, name) >= least:
@@ -139,7 +113,9 @@ def parse_config(argv=None):
 def load_data(config, task, tokens):
     """Read, check and tokenise all files of the task: {"sft": [...], "train": [...], "test_x": [...]}, with prompt ids."""
     folder, data = Path(config.task), {}
-    if config.sft_steps and (folder / "sft.jsonl").is_file():
+    if config.sft_coef and not (folder / "sft.jsonl").is_file():
+        raise grm.TaskError(f"--sft_coef {config.sft_coef}: needs demonstrations, {folder / 'sft.jsonl'}")
+    if (config.sft_steps or config.sft_coef) and (folder / "sft.jsonl").is_file():
         data["sft"] = task.read(folder / "sft.jsonl", ("response",))
         for record in data["sft"]:
             record["answer_ids"] = tokens.response(record["response"])
@@ -189,6 +165,44 @@ def batch_at(records, size, step, *key):
     return out
 
 
+class Curriculum:
+    """Which training pairs each RL step samples.
+
+    Pairs with a `stage` (integers; without: 0) come stage by stage, each for its share of the steps. Within a stage, "off"
+    draws them in shuffled epochs. "passrate" (ours; AFRL and DyKnow-RAG choose pairs by pass rate too) draws each with
+    a weight of 1 - p^G - (1 - p)^G, the chance that a group of G answers is neither all right nor all wrong, where p is
+    the pair's running pass rate; pairs that are mastered or out of reach keep a little weight, so that they are seen again.
+    """
+
+    LEAST, MEMORY = 0.02, 0.5  # weight that every pair keeps; what earlier visits count at each new one
+
+    def __init__(self, records, config):
+        self.records, self.config = records, config
+        self.right, self.seen = np.zeros(len(records)), np.zeros(len(records))
+        stages = sorted({r.get("stage", 0) for r in records})
+        self.members = [[i for i, r in enumerate(records) if r.get("stage", 0) == stage] for stage in stages]
+        ends = np.cumsum([len(members) for members in self.members]) / len(records) * config.rl_steps
+        self.ends = [round(end) for end in ends]  # the step at which each stage ends
+
+    def batch(self, step):
+        """Indices of the pairs of a step."""
+        stage = next(i for i, end in enumerate(self.ends) if step < end)
+        members, size = self.members[stage], self.config.prompts_per_step
+        if self.config.curriculum == "off":
+            return batch_at(members, size, step - (self.ends[stage - 1] if stage else 0), self.config.seed, 1)
+        pass_rate = (self.right[members] + 0.5) / (self.seen[members] + 1)
+        weights = 1 - pass_rate**self.config.group_size - (1 - pass_rate) ** self.config.group_size + self.LEAST
+        draw = np.random.default_rng([self.config.seed, 1, step])
+        repeat = size > len(members)
+        return [members[i] for i in draw.choice(len(members), size, replace=repeat, p=weights / weights.sum())]
+
+    def update(self, indices, rewards_PG):
+        """Take in what a step's groups were rewarded."""
+        for i, rewards_G in zip(indices, rewards_PG.tolist(), strict=True):
+            self.right[i] = self.MEMORY * self.right[i] + sum(rewards_G)
+            self.seen[i] = self.MEMORY * self.seen[i] + len(rewards_G)
+
+
 def learning_rate(peak, step, steps):
     """Warm-up over the first 5 % of a stage's steps, then a cosine down to a tenth of the peak."""
     warm = max(1, round(0.05 * steps))
@@ -196,42 +210,7 @@ def learning_rate(peak, step, steps):
     return peak * min((step + 1) / warm, 0.55 + 0.45 * math.cos(math.pi * progress))
 
 
-def split_by_tokens(prompts, answers, max_tokens):
-    """Cut a batch into micro-batches of whole groups (slices) with at most max_tokens own tokens, or one group, each."""
-    slices, start, used = [], 0, 0
-    for i, (prompt, group) in enumerate(zip(prompts, answers, strict=True)):
-        need = len(prompt) + sum(map(len, group))
-        if used and used + need > max_tokens:
-            slices.append(slice(start, i))
-            start, used = i, 0
-        used += need
-    return [*slices, slice(start, len(prompts))]
-
-
 # The run --------------------------------------------------------------------------------------------------------------
-
-
-class Engine:
-    """Greedy answers and label logits with shared prefixes; the same two methods as grm.PaddedEngine."""
-
-    def __init__(self, model, eos_id, config):
-        self.model, self.eos_id, self.config = model, eos_id, config
-
-    def generate(self, prompts):
-        """Greedy answers, lists of ids."""
-        settings = {"max_new_tokens": self.config.max_new_tokens, "cache_tokens": self.config.cache_tokens}
-        sampled = rollout.sample(self.model, prompts, eos_id=self.eos_id, temperature=0, **settings)
-        return [answer for (answer,) in sampled.answers()]
-
-    @torch.no_grad()
-    def label_logits(self, sequences, label_ids):
-        """float32 logits [N, Y] of the label ids as the next token of each sequence."""
-        answers, out = [[[label_ids[0]]]] * len(sequences), []  # one token to predict, whichever
-        for part in split_by_tokens(sequences, answers, self.config.max_tokens):
-            tree = rollout.Tree(sequences[part], answers[part], self.model.device)
-            hidden_ND = rollout.answer_hidden(self.model, tree)
-            out.append(self.model.get_output_embeddings()(hidden_ND)[:, label_ids].float().cpu())
-        return torch.cat(out)
 
 
 class Run:
@@ -251,6 +230,7 @@ class Run:
             raise grm.TaskError(f"--max_new_tokens {config.max_new_tokens}: leaves no room for a prompt in the model's context")
         self.tokens = grm.TokenTask(self.task, self.tokenizer, room)
         self.data = load_data(config, self.task, self.tokens)
+        self.curriculum = Curriculum(self.data.get("train", []), config) if config.rl_steps else None
         self.half = self.model.device.type == "cuda"  # bf16 compute and sampling over float32 master weights
         self.sampler = copy.deepcopy(self.model).to(torch.bfloat16) if self.half else self.model
         self.reference = None
@@ -351,6 +331,8 @@ class Run:
         save_file(moments, temporary / "optimizer.safetensors")
         sizes = {name: (self.out / f"{name}.jsonl").stat().st_size for name in ("metrics", "timing", "samples")}
         state = {"stage": self.stage, "step": self.step, "summary": self.summary, "log_sizes": sizes}
+        if self.curriculum:
+            state["pass_rates"] = {"right": self.curriculum.right.tolist(), "seen": self.curriculum.seen.tolist()}
         (temporary / "state.json").write_text(json.dumps(state) + "\n")
         if path.exists():
             os.replace(path, old)
@@ -362,6 +344,8 @@ class Run:
         path = self.out / "checkpoint"
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
         self.stage, self.step, self.summary = state["stage"], state["step"], state["summary"]
+        for name, values in state.get("pass_rates", {}).items():
+            setattr(self.curriculum, name, np.array(values))
         moments = load_file(path / "optimizer.safetensors")
         for name, p in self.model.named_parameters():
             found = {key: moments.get(f"{name}.{key}") for key in ("step", "exp_avg", "exp_avg_sq")}
@@ -382,7 +366,9 @@ class Run:
 
     def evaluate(self):
         """Metrics of greedy answers, {test set: metrics}, on every test set of the task."""
-        engine = Engine(self.sampler, self.tokens.eos_id, self.config)
+        engine = rollout.TreeEngine(
+            self.sampler, self.tokens.eos_id, self.config.max_new_tokens, self.config.max_tokens, self.config.cache_tokens
+        )
         tests, start = [name for name in self.data if name.startswith("test")], time.perf_counter()
         out = {name: grm.metrics(self.task, self.data[name], grm.judge(self.tokens, engine, self.data[name])) for name in tests}
         self.log("timing", {"stage": self.stage, "step": self.step, "evaluation_s": time.perf_counter() - start})
@@ -424,7 +410,7 @@ def sft(run):
             logprobs_A, _, _ = run.answer_logprobs(run.model, prompts[part], answers[part])
             return -logprobs_A.sum() / count
 
-        loss = run.backward(loss_of, split_by_tokens(prompts, answers, config.max_tokens))
+        loss = run.backward(loss_of, rollout.micro_batches(prompts, answers, config.max_tokens))
         lr = learning_rate(config.sft_lr, step, config.sft_steps)
         norm, seconds = run.update(lr), time.perf_counter() - start
         last.update(loss=loss, tok_s=count / seconds)
@@ -452,31 +438,46 @@ def assign_credit(run, batch, sampled):
     return credit_NT, advantages_N, rewards_PG, traces
 
 
-def rl_update(run, prompts, sampled, credit_NT, lr):
-    """The optimizer steps on one batch of answers; returns the figures to log."""
-    config, G, answers = run.config, run.config.group_size, sampled.answers()
-    sampler_NT, lengths_N = sampled.logprobs_NT[:, : credit_NT.shape[1]], sampled.lengths_N
-    denominator, slices = int(lengths_N.sum()), split_by_tokens(prompts, answers, config.max_tokens)
-    old, stats, entropies = {}, [], []
+def rl_update(run, prompts, sampled, credit_NT, lr, demonstrations=()):
+    """The optimizer steps on one batch of answers, with sft_coef * SFT loss of the demonstrations (mode balance, AFRL,
+    arXiv 2602.10006) in the same forward passes; returns the figures to log."""
+    config, G, P, head = run.config, run.config.group_size, len(prompts), run.model.get_output_embeddings()
+    rl_answers, sampler_NT, width = sampled.answers(), sampled.logprobs_NT, credit_NT.shape[1]
+    prompts = prompts + [r["prompt_ids"] for r in demonstrations]
+    answers = rl_answers + [[r["answer_ids"]] for r in demonstrations]
+    slices = rollout.micro_batches(prompts, answers, config.max_tokens)
+    denominator, sft_tokens = int(sampled.lengths_N.sum()), sum(len(r["answer_ids"]) for r in demonstrations)
+    old, stats, sums = {}, [], Counter()
 
-    def loss_of(part):
-        logprobs_A, entropy_A, tree = run.answer_logprobs(run.model, prompts[part], answers[part], config.temperature)
-        rows = slice(part.start * G, part.stop * G)
-        old.setdefault(part.start, logprobs_A.detach())  # of the first update: the policy at the start of the step
+    def rl_loss(part, hidden_AD, tree):  # of the answers of prompts[part], the first ones in the tree
+        rows, lengths_N = slice(part.start * G, part.stop * G), tree.lengths_N[: (part.stop - part.start) * G]
+        logprobs_A, entropy_A = rollout.token_logprobs(hidden_AD, head, tree.targets_A[: len(hidden_AD)], config.temperature)
+        mask_NT = torch.arange(width, device=lengths_N.device) < lengths_N[:, None]
+        logprobs_NT = torch.zeros(mask_NT.shape, device=mask_NT.device).masked_scatter(mask_NT, logprobs_A)
+        old.setdefault(part.start, logprobs_NT.detach())  # of the first update: the policy at the start of the step
         reference_NT = None
         if run.reference is not None:
             with torch.no_grad():
-                reference_NT = tree.to_rows(
-                    run.answer_logprobs(run.reference, prompts[part], answers[part], config.temperature)[0]
-                )
-        width = int(tree.lengths_N.max())
-        mask_NT = torch.arange(width, device=logprobs_A.device) < tree.lengths_N[:, None]
+                reference_A, _, _ = run.answer_logprobs(run.reference, prompts[part], answers[part], config.temperature)
+                reference_NT = torch.zeros_like(logprobs_NT).masked_scatter(mask_NT, reference_A)
         loss, stat = sam.policy_loss(
-            tree.to_rows(logprobs_A), credit_NT[rows, :width], mask_NT, denominator, tree.to_rows(old[part.start]),
-            sampler_NT[rows, :width], reference_NT, config.clip_low, config.clip_high, config.is_cap, config.kl_coef,
+            logprobs_NT, credit_NT[rows], mask_NT, denominator, old[part.start], sampler_NT[rows, :width], reference_NT,
+            config.clip_low, config.clip_high, config.is_cap, config.kl_coef,
         )  # fmt: skip
         stats.append(stat)
-        entropies.append(float(entropy_A.sum()))
+        sums["entropy"] += float(entropy_A.sum())
+        return loss
+
+    def loss_of(part):
+        tree = rollout.Tree(prompts[part], answers[part], run.model.device)
+        hidden_AD = rollout.answer_hidden(run.model, tree)
+        mine = slice(part.start, max(part.start, min(part.stop, P)))
+        count = sum(len(answer) for group in answers[mine] for answer in group)
+        loss = rl_loss(mine, hidden_AD[:count], tree) if count else 0.0
+        if part.stop > P:  # demonstrations: always at temperature 1
+            logprobs_A, _ = rollout.token_logprobs(hidden_AD[count:], head, tree.targets_A[count:])
+            sums["sft_loss"] -= float(logprobs_A.sum()) / sft_tokens
+            loss = loss - config.sft_coef * logprobs_A.sum() / sft_tokens
         return loss
 
     for _ in range(config.updates_per_batch):
@@ -484,7 +485,9 @@ def rl_update(run, prompts, sampled, credit_NT, lr):
         norm = run.update(lr)
     tokens = sum(stat.tokens for stat in stats)
     means = {name: sum(getattr(stat, name) for stat in stats) / tokens for name in asdict(stats[0]) if name != "tokens"}
-    return {"loss": loss, "grad_norm": norm, "lr": lr, "entropy": sum(entropies) / tokens, **means}
+    if demonstrations:
+        means["sft_loss"] = sums["sft_loss"] / config.updates_per_batch
+    return {"loss": loss, "grad_norm": norm, "lr": lr, "entropy": sums["entropy"] / tokens, **means}
 
 
 def rl(run):
@@ -497,7 +500,9 @@ def rl(run):
     describe = lambda: f"reward {last['reward']:.2f}, accuracy {last['accuracy']:.3f}, {last['tok_s']:.0f} tok/s"
     for step in run.steps(config.rl_steps, describe):
         started = time.perf_counter()
-        batch = batch_at(run.data["train"], config.prompts_per_step, step, config.seed, 1)
+        indices = run.curriculum.batch(step)
+        batch = [run.data["train"][i] for i in indices]
+        demonstrations = batch_at(run.data["sft"], config.sft_batch, step, config.seed, 2) if config.sft_coef else []
         prompts = [r["prompt_ids"] for r in batch]
         sampled = rollout.sample(
             run.sampler, prompts, group_size=config.group_size, max_new_tokens=config.max_new_tokens,
@@ -510,7 +515,9 @@ def rl(run):
         record |= sam.rollout_stats(rewards_PG, advantages_N, credit_NT, sampled.lengths_N, sampled.ended_N)
         problems = Counter(trace.problem for group in traces for trace in group)
         record["malformed"] = 1 - problems[None] / advantages_N.numel()
-        record |= rl_update(run, prompts, sampled, credit_NT, learning_rate(config.lr, step, config.rl_steps))
+        run.curriculum.update(indices, rewards_PG)
+        lr = learning_rate(config.lr, step, config.rl_steps)
+        record |= rl_update(run, prompts, sampled, credit_NT, lr, demonstrations)
         updated_at = time.perf_counter()
         if config.eval_every and (step + 1) % config.eval_every == 0:
             scores = run.evaluate()
@@ -603,7 +610,7 @@ def main():
 
     # Stage 1: learn the form of the reasoning from demonstrations
     if run.stage == "sft":
-        if "sft" in run.data:
+        if "sft" in run.data and config.sft_steps:
             sft(run)
             run.finish_stage("sft", "rl")
             run.export("sft")

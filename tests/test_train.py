@@ -2,16 +2,20 @@
 
 import json
 import os
+import runpy
 import shutil
+import signal
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from conftest import NOTES, ROOT
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import grm
+import rollout
 import train
 
 SMALL = ["--sft_steps=4", "--sft_batch=4", "--rl_steps=4", "--prompts_per_step=3", "--group_size=2", "--eval_every=2"]
@@ -254,17 +258,15 @@ def test_batches_are_epochs_of_shuffles():
 
 def test_both_engines_judge_alike(task):
     """Evaluation in training (shared prefixes) and `grm.py score` (padded rows) must give the same grades."""
-    config = train.parse_config([f"--task={task}"])
     records = grm.Task.load(task).read(task / "test_random.jsonl")
     results = []
     for tree in (True, False):
         model, tokenizer = grm.load_model(task / "model", seed=1)
         tokens = grm.TokenTask(grm.Task.load(task), tokenizer)
-        config.max_tokens = 500  # several batches
         if tree:
-            engine = train.Engine(train.rollout.use_tree_attention(model), tokens.eos_id, config)
+            engine = rollout.TreeEngine(rollout.use_tree_attention(model), tokens.eos_id, 56, max_tokens=500)
         else:
-            engine = grm.PaddedEngine(model, tokens.eos_id, config.max_new_tokens)
+            engine = grm.PaddedEngine(model, tokens.eos_id, 56)
         results.append(grm.judge(tokens, engine, records))
     for a, b in zip(*results, strict=True):
         assert a["answer"] == b["answer"] and a["grade"] == pytest.approx(b["grade"], abs=1e-4)
@@ -281,3 +283,105 @@ def test_sampler_copy_follows_the_master_weights(task, tmp_path, monkeypatch):
     one.update(1e-2)
     for ours, theirs in zip(one.sampler.parameters(), one.model.parameters(), strict=True):
         assert torch.equal(ours, theirs.to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("max_tokens", [100, 600, 10**6])
+def test_mode_balance_adds_the_sft_gradient(task, tmp_path, max_tokens):
+    """The gradient with --sft_coef is that of RL plus lambda times that of SFT, whether a micro-batch holds answers,
+    demonstrations or both; the RL figures stay the same."""
+    config = train.parse_config([f"--task={task}", f"--out={tmp_path / 'out'}", *SMALL, f"--max_tokens={max_tokens}"])
+    one = train.Run(config)
+    batch, demonstrations = one.data["train"][:3], one.data["sft"][:4]
+    prompts = [r["prompt_ids"] for r in batch]
+    sampled = rollout.sample(one.sampler, prompts, group_size=2, max_new_tokens=20, eos_id=one.tokens.eos_id)
+    credit_NT = torch.linspace(-1, 1, sampled.ids_NT.numel()).view(sampled.ids_NT.shape)
+    one.update = lambda lr: 0.0
+    grads, figures = [], []
+    for coefficient, demos in ((0.0, ()), (0.3, demonstrations)):
+        config.sft_coef = coefficient
+        figures.append(train.rl_update(one, prompts, sampled, credit_NT, 0.0, demos))
+        grads.append([p.grad.clone() for p in one.model.parameters()])
+    one.optimizer.zero_grad()
+    naive = 0.0
+    for r in demonstrations:
+        logprobs_A, _, _ = one.answer_logprobs(one.model, [r["prompt_ids"]], [[r["answer_ids"]]])
+        naive = naive - logprobs_A.sum() / sum(len(d["answer_ids"]) for d in demonstrations)
+    naive.backward()
+    assert figures[1]["sft_loss"] == pytest.approx(float(naive), rel=1e-5)
+    assert all(
+        figures[1][key] == pytest.approx(figures[0][key], rel=1e-5, abs=1e-6) for key in ("entropy", "mismatch", "is_weight")
+    )
+    for rl, both, p in zip(*grads, one.model.parameters(), strict=True):
+        torch.testing.assert_close(both, rl + 0.3 * p.grad, atol=1e-5, rtol=1e-4)
+
+
+def curriculum(records, **settings):
+    return train.Curriculum(records, train.Config(**{"prompts_per_step": 4, "group_size": 4, "rl_steps": 10, **settings}))
+
+
+def test_curriculum_prefers_pairs_that_are_sometimes_right():
+    """Groups that are all right or all wrong teach nothing; they are drawn rarely, but never dropped for good."""
+    chosen = curriculum([{}] * 12, curriculum="passrate", rl_steps=2000)
+    rates = np.array([0.0, 0.5, 1.0] * 4)
+    drawn = np.zeros(12)
+    for step in range(2000):
+        indices = chosen.batch(step)
+        assert len(set(indices)) == 4
+        rewards = np.random.default_rng(step).random((4, 4)) < rates[indices][:, None]
+        chosen.update(indices, torch.tensor(rewards, dtype=torch.float32))
+        if step >= 100:
+            drawn[indices] += 1
+    assert drawn.min() > 20
+    assert drawn[1::3].min() > 3 * max(drawn[0::3].max(), drawn[2::3].max())
+
+
+def test_curriculum_off_is_shuffled_epochs():
+    """Every pair once an epoch, and a pass rate changes nothing."""
+    chosen = curriculum([{}] * 8)
+    chosen.update([0, 1], torch.ones(2, 4))
+    assert sorted(chosen.batch(0) + chosen.batch(1)) == [*range(8)]
+
+
+@pytest.mark.parametrize("kind", ["off", "passrate"])
+def test_stages_come_in_order(kind):
+    """Pairs of stage 1 before those of stage 2, each for its share of the steps."""
+    chosen = curriculum([{"stage": 2}] * 8 + [{"stage": 1}] * 12, curriculum=kind)
+    for step in range(10):
+        assert all((i >= 8) == (step < 6) for i in chosen.batch(step))
+
+
+def test_everything_at_once_resumes(task, tmp_path, monkeypatch):
+    """Mode balance, pass rates and stages: a run stopped in RL goes on to the same bytes."""
+    records = lines(task / "train.jsonl")
+    write(task / "train.jsonl", [{**r, "stage": i % 2} for i, r in enumerate(records)])
+    flags = ["--sft_coef=0.1", "--curriculum=passrate", "--rl_steps=6"]
+    run(monkeypatch, task, tmp_path / "straight", *flags)
+    update, calls = train.Curriculum.update, []
+
+    def stop_at_second(self, *args):
+        update(self, *args)
+        calls.append(1)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(train.Curriculum, "update", stop_at_second)
+    with pytest.raises(SystemExit, match="rl step 3"):
+        run(monkeypatch, task, tmp_path / "stopped", *flags)
+    run(monkeypatch, task, tmp_path / "stopped", *flags)
+    for name in ("metrics", "samples"):
+        assert (tmp_path / "straight" / f"{name}.jsonl").read_bytes() == (tmp_path / "stopped" / f"{name}.jsonl").read_bytes()
+    assert all("sft_loss" in r for r in lines(tmp_path / "straight" / "metrics.jsonl") if r["stage"] == "rl")
+
+
+def test_answer_first_notes_train(tmp_path, monkeypatch):
+    """The embedded task in its other form, from make.py: demonstrations parse, steps are credited, contradictions counted."""
+    make = runpy.run_path(str(NOTES / "make.py"))
+    make["make"](tmp_path / "task", "answer-first")
+    for path in (tmp_path / "task").glob("*.jsonl"):
+        path.write_text("".join(path.read_text().splitlines(keepends=True)[:24]))
+    run(monkeypatch, tmp_path / "task", tmp_path / "run")
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert list(summary["rl"]["test_random"]["step_accuracy"]) == ["label", "topic", "constraints", "promotion"]
+    assert "contradicted" in summary["rl"]["test_random"]
+    record = grm.Task.load(tmp_path / "task").read(tmp_path / "task" / "train.jsonl")[0]
+    assert record["step_labels"][0] == record["step_labels"][-1] == record["label"]

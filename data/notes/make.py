@@ -1,7 +1,7 @@
-"""Write the embedded task, bit for bit: criteria, demonstrations, labelled pairs, and a tiny model without weights.
+"""Write the embedded task, bit for bit: criteria, demonstrations, labelled pairs, tiny models without weights.
 
-    python data/notes/make.py                # rewrites the files beside this one
-    python data/notes/make.py --out FOLDER   # writes them elsewhere
+    python data/notes/make.py                                                   # rewrites the files beside this one
+    python data/notes/make.py --format answer-first --out data/notes-answer-first    # the same pairs, grade first
 
 The world: a query names a topic and up to three constraints; a note is about one topic, may give values for constraints,
 and may be promotion. `grades` below is the whole business logic, the same that criteria.md tells the model in words.
@@ -18,8 +18,8 @@ import json
 import random
 from pathlib import Path
 
-from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen3Config
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import BertConfig, PreTrainedTokenizerFast, Qwen3Config
 
 SEED = 20260
 SIZES = {"sft": 7500, "train": 4500, "test_random": 500, "test_longtail": 500}
@@ -60,6 +60,26 @@ Constraints: a query can ask for a place, a season and an audience. Every constr
 one grade, but never below 0. A contradicted constraint caps the grade at 0. A grade of -1 stays.
 Promotion: a note that is sponsored, gifted or affiliate is capped at 1.
 The last grade is the answer.
+"""
+
+ANSWER_FIRST = {
+    "format: reason-first": "format: answer-first",
+    "Work in three steps and close every step with the grade so far as \\boxed{grade}.": "Begin with the grade as "
+    "\\boxed{grade}.\nThen explain it in three steps and close every step with the grade so far as \\boxed{grade}.",
+    "The last grade is the answer.": "The first grade is the answer, the last one repeats it.",
+}
+
+TRAIN = """{
+  "max_new_tokens": 64,
+  "eval_every": 40,
+  "sft_steps": 1400,
+  "sft_batch": 16,
+  "sft_lr": 1.5e-3,
+  "rl_steps": 120,
+  "prompts_per_step": 16,
+  "group_size": 8,
+  "lr": 2e-4
+}
 """
 
 CHAT_TEMPLATE = (
@@ -177,17 +197,21 @@ def make_records(rng):
     return files
 
 
-def make_tokenizer(texts):
-    """A word-level tokenizer over exactly the words of `texts`, with Qwen's chat markers as its special tokens."""
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<unk>"]
+def word_level(texts, special):
+    """A word-level tokenizer model over exactly the words of `texts`, behind the `special` tokens."""
     normalizer = normalizers.Lowercase()
     splitter = pre_tokenizers.Split(Regex(r"\\boxed\{|-?\d+|\w+|[^\w\s]"), behavior="removed", invert=True)
     words = {word for text in texts for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text))}
     vocab = {word: i for i, word in enumerate(special + sorted(words))}
     backend = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     backend.normalizer, backend.pre_tokenizer = normalizer, splitter
+    return backend
+
+
+def make_tokenizer(texts):
+    """The policy's tokenizer, with Qwen's chat markers as its special tokens."""
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
+        tokenizer_object=word_level(texts, ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<unk>"]),
         unk_token="<unk>",
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
@@ -197,6 +221,17 @@ def make_tokenizer(texts):
     )
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
+
+
+def make_student_tokenizer(texts):
+    """The student's tokenizer, which reads a query and a document as [CLS] query [SEP] document [SEP]."""
+    backend = word_level(texts, ["[PAD]", "[CLS]", "[SEP]", "<unk>"])
+    backend.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
+    )
+    names = {"pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]", "unk_token": "<unk>"}
+    inputs = ["input_ids", "token_type_ids", "attention_mask"]
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **names, model_max_length=64, model_input_names=inputs)
 
 
 def make_config(tokenizer):
@@ -219,14 +254,44 @@ def make_config(tokenizer):
     )
 
 
-def make(out):
+def make_student_config(tokenizer):
+    """A BERT of about 0.15 M parameters: a quarter of the policy's."""
+    return BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=192,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        initializer_range=0.06,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def answer_first(record):
+    """The same record with the grade in a box of its own before the steps. A response's first grade is its last one: the
+    annotator decides as before, and says the outcome first."""
+    if "response" in record:
+        last = record["response"].rindex("\\boxed{")
+        return {**record, "response": f"{record['response'][last:]} {record['response']}"}
+    return {**record, "step_labels": [record["label"], *record["step_labels"]]}
+
+
+def make(out, answer_format="reason-first"):
     """Write the whole task folder into `out` (a pathlib.Path)."""
     out.mkdir(parents=True, exist_ok=True)
-    (out / "criteria.md").write_text(CRITERIA, encoding="utf-8")
+    criteria = CRITERIA
+    for old, new in ANSWER_FIRST.items() if answer_format == "answer-first" else ():
+        criteria = criteria.replace(old, new)
+    (out / "criteria.md").write_text(criteria, encoding="utf-8")
+    (out / "train.json").write_text(TRAIN, encoding="utf-8")
     for name, records in make_records(random.Random(SEED)).items():
+        records = list(map(answer_first, records)) if answer_format == "answer-first" else records
         lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         (out / f"{name}.jsonl").write_text(lines, encoding="utf-8")
-    body = CRITERIA.split("---\n", 2)[2]
+    body = criteria.split("---\n", 2)[2]
     statuses = "found match silent contradicted any none same related other system user assistant query document note"
     words = [
         word for values in [list(CATEGORIES), *CATEGORIES.values(), *CONSTRAINTS.values(), PROMOTION, FILLER] for word in values
@@ -234,9 +299,14 @@ def make(out):
     tokenizer = make_tokenizer([body, statuses, "place season audience topic promotion : , . -1 0 1 2 3", " ".join(words)])
     tokenizer.save_pretrained(out / "model")
     make_config(tokenizer).save_pretrained(out / "model")
+    student_tokenizer = make_student_tokenizer([" ".join(words)])
+    student_tokenizer.save_pretrained(out / "student")
+    make_student_config(student_tokenizer).save_pretrained(out / "student")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder to write (default: this one)")
-    make(parser.parse_args().out)
+    parser.add_argument("--format", choices=["reason-first", "answer-first"], default="reason-first", help="of the answers")
+    args = parser.parse_args()
+    make(args.out, args.format)
