@@ -324,8 +324,9 @@ class Teacher:
             raise grm.TaskError(
                 f"--cache {folder}: is stale, of another teacher, task, pairs or settings; delete it, or choose another folder"
             )
-        folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(index) + "\n", encoding="utf-8")
+        if not path.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(index) + "\n", encoding="utf-8")
         prompts = self.tokens.prompts(records)
         bar = tqdm(total=count, desc="teacher", unit="pair", disable=None, dynamic_ncols=True)
         probs, traces, asked = [], [], 0
@@ -371,8 +372,8 @@ class Teacher:
         tokens, M = self.tokens, self.config.samples
         if tokens.task.format == "answer-first" and self.config.loss == "label":
             logits_NY = self.engine.label_logits([prompt + tokens.opening for prompt in prompts], tokens.label_ids)
-            ones = torch.ones(len(prompts), 1, dtype=torch.int32)
-            return {"probs_NY": logits_NY.softmax(-1), "ids": ones[:, 0].contiguous(), "lengths_NM": ones}
+            one = torch.ones(len(prompts), dtype=torch.int32)  # stands for a reasoning that was not needed
+            return {"probs_NY": logits_NY.softmax(-1), "ids": one, "lengths_NM": one[:, None].clone()}
         sampled = rollout.sample(
             self.model, prompts, group_size=M, max_new_tokens=self.config.max_new_tokens, eos_id=tokens.eos_id,
             temperature=self.config.sampling_temperature, seed=self.config.seed, first_row=first * M,
@@ -604,8 +605,8 @@ def train(config, teacher, student, records, probs_NY, traces):
                 raise RuntimeError(f"step {step + 1}: the gradient norm is {norm}; lower the learning rate")
             optimizer.step()
             schedule.step()
-            log.write(json.dumps({"step": step + 1, "loss": float(loss), "grad_norm": float(norm)}) + "\n")
-            bar.set_postfix_str(f"loss {float(loss):.3f}")
+            log.write(json.dumps({"step": step + 1, "loss": float(loss.detach()), "grad_norm": float(norm)}) + "\n")
+            bar.set_postfix_str(f"loss {float(loss.detach()):.3f}")
     model.eval()
     return time.perf_counter() - start
 

@@ -135,6 +135,8 @@ class Task:
             raise ValueError("'label' is missing")
         if "label" in record:
             record["label"] = self._label(record.get("label"))
+        if not self.steps:
+            record.pop("step_labels", None)  # of the task's other form: there is nothing to compare them with
         if "step_labels" in record:
             steps = record["step_labels"]
             if not isinstance(steps, list) or len(steps) != len(self.boxes):

@@ -1,13 +1,24 @@
 """distill.py against naive versions kept here: the losses, their gradients, their ends and their memory."""
 
+import json
 import math
+import runpy
+import shutil
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import NOTES
+from sentence_transformers import CrossEncoder
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import BertConfig, BertForSequenceClassification, pipeline
 
+import distill
+import grm
+import rollout
 from distill import label_kd_loss, token_kd_loss
 
 KINDS = ["forward", "reverse", "js"]
@@ -404,3 +415,229 @@ def test_token_kd_refuses(change, message):
     token_kd_loss(**arguments)
     with pytest.raises(ValueError, match=message):
         token_kd_loss(**{**arguments, **change})
+
+
+# The script
+
+
+@pytest.fixture
+def task(tmp_path):
+    """The notes task with 20 records a file, in its answer-first form: an untrained teacher is then never malformed."""
+    runpy.run_path(str(NOTES / "make.py"))["make"](tmp_path / "task", "answer-first")
+    for path in (tmp_path / "task").glob("*.jsonl"):
+        path.write_text("".join(path.read_text().splitlines(keepends=True)[:20]))
+    (tmp_path / "task" / "distill.json").write_text('{"max_new_tokens": 64, "steps": 3, "batch": 4, "samples": 2}')
+    model, tokenizer = grm.load_model(tmp_path / "task" / "model", seed=1)
+    model.save_pretrained(tmp_path / "teacher")
+    tokenizer.save_pretrained(tmp_path / "teacher")
+    return tmp_path / "task"
+
+
+def arguments(task, *flags):
+    return [f"--task={task}", f"--teacher={task.parent / 'teacher'}", f"--out={task.parent / 'out'}", *flags]
+
+
+def run(monkeypatch, task, *flags):
+    """distill.py in this process; returns its summary."""
+    monkeypatch.setattr(sys, "argv", ["distill.py", *arguments(task, *flags)])
+    distill.main()
+    out = Path(next(f.split("=", 1)[1] for f in reversed(sys.argv) if f.startswith("--out=")))
+    return json.loads((out / "summary.json").read_text())
+
+
+def reason_first(task):
+    """The same task with the reasoning first, and demonstrations as what a trained teacher would write."""
+    for name in ("criteria.md", "sft.jsonl", "train.jsonl", "test_random.jsonl", "test_longtail.jsonl"):
+        (task / name).write_text("".join((NOTES / name).read_text().splitlines(keepends=True)[:20]))
+    loaded = grm.Task.load(task)
+    return loaded, loaded.read(task / "sft.jsonl", ("response",))
+
+
+def as_rollout(answers):
+    """What rollout.sample would return for these answers, lists of ids for each prompt."""
+    rows = [answer for group in answers for answer in group]
+    ids_NT = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
+    for i, row in enumerate(rows):
+        ids_NT[i, : len(row)] = torch.tensor(row)
+    lengths_N = torch.tensor([len(row) for row in rows])
+    return rollout.Rollout(ids_NT, lengths_N, torch.zeros(ids_NT.shape), torch.ones(len(rows)) > 0, len(answers[0]))
+
+
+def scripted_teacher(task, monkeypatch, broken=()):
+    """A reason-first teacher whose samples are the demonstration and another one's, (pair, sample) in `broken` cut short."""
+    loaded, records = reason_first(task)
+    teacher = distill.Teacher(distill.parse_config(arguments(task, "--pairs=sft.jsonl", "--max_tokens=700")), loaded)
+    ids = [teacher.tokens.response(r["response"]) for r in records]
+    answers = [[ids[i], ids[i - 1]] for i in range(len(ids))]
+    for pair, sample in broken:
+        answers[pair][sample] = answers[pair][sample][:-9]
+    calls = []
+
+    def sample(model, prompts, *, first_row, group_size, **_):
+        calls.append(len(prompts))
+        return as_rollout(answers[first_row // group_size : first_row // group_size + len(prompts)])
+
+    monkeypatch.setattr(rollout, "sample", sample)
+    return teacher, records, answers, calls
+
+
+def test_teacher_distributions_equal_the_naive_ones(task, monkeypatch):
+    """The mean over the well-formed reasonings of the softmax over labels, at the last box of each; malformed ones count
+    nothing, and a pair of which all are malformed has no distribution."""
+    teacher, records, answers, _ = scripted_teacher(task, monkeypatch, [(2, 0), (5, 0), (5, 1)])
+    probs_NY, traces = teacher.labels(records)
+    plain, _ = grm.load_model(task.parent / "teacher")
+    for i, (record, group) in enumerate(zip(records, answers, strict=True)):
+        expected = []
+        for answer in group:
+            trace = teacher.tokens.parse(answer)
+            if trace.problem is None:
+                ids = teacher.tokens.prompt(record["query"], record["document"]) + answer[: trace.steps[-1].label_at]
+                expected.append(plain(torch.tensor([ids])).logits[0, -1, teacher.tokens.label_ids].softmax(-1))
+        assert traces[i] == [a for a in group if teacher.tokens.parse(a).problem is None]
+        torch.testing.assert_close(probs_NY[i], sum(expected) / len(expected) if expected else torch.zeros(5))
+
+
+def test_cache_is_reused_resumed_and_refused_when_stale(task, monkeypatch):
+    """Only what is missing is sampled; another seed, teacher or document makes it stale."""
+    monkeypatch.setattr(distill, "SHARD", 8)
+    teacher, records, _, calls = scripted_teacher(task, monkeypatch)
+    first, _ = teacher.labels(records)
+    assert calls == [8, 8, 4]
+    folder = Path(teacher.config.cache)
+    (folder / "labels-00001.safetensors").unlink()  # as if stopped there
+    (folder / "labels-00001.safetensors.tmp").write_bytes(b"half a file")
+    again, _ = teacher.labels(records)
+    assert calls == [8, 8, 4, 8] and torch.equal(first, again)
+    teacher.config.seed = 1
+    with pytest.raises(grm.TaskError, match=r"stale.*delete"):
+        teacher.labels(records)
+    teacher.config.seed = 0
+    with pytest.raises(grm.TaskError, match="stale"):
+        teacher.labels([{**records[0], "document": "another"}, *records[1:]])
+
+
+def test_teacher_that_does_not_follow_the_format_stops_the_run(task, monkeypatch):
+    """An untrained model writes no boxes; its label distributions would be noise."""
+    reason_first(task)
+    with pytest.raises(SystemExit, match=r"100% of 80 answers are malformed"):
+        run(monkeypatch, task)
+
+
+def test_classifier_loads_in_the_usual_libraries(task, monkeypatch):
+    """The student's folder as it is: sentence-transformers' CrossEncoder and transformers' pipeline give its probabilities."""
+    summary = run(monkeypatch, task)
+    out = task.parent / "out"
+    assert {"accuracy", "macro_f1", "kappa", "ece"} <= set(summary["student"]["tests"]["test_random"])
+    assert {"ms_per_pair_batch_1", "ms_per_pair_batch_64", "parameters"} <= set(summary["teacher"])
+    records = grm.Task.load(task).read(task / "test_random.jsonl")[:5]
+    config = distill.parse_config([*arguments(task), f"--out={out / 'none'}", f"--student={out / 'model'}"])
+    expected = distill.make_student(config, grm.Task.load(task)).predict(records)
+    pairs = [(r["query"], r["document"]) for r in records]
+    scores = CrossEncoder(str(out / "model"), device="cpu").predict(pairs, apply_softmax=True)
+    texts = [{"text": query, "text_pair": document} for query, document in pairs]
+    piped = pipeline("text-classification", model=str(out / "model"), top_k=None, device="cpu")(texts)
+    for prediction, row, found in zip(expected, scores, piped, strict=True):
+        assert list(prediction["probs"].values()) == pytest.approx(row.tolist(), abs=1e-5)
+        assert {x["label"]: x["score"] for x in found} == pytest.approx(prediction["probs"], abs=1e-5)
+
+
+def test_causal_student_scores_with_grm(task, monkeypatch):
+    """OUT/task and OUT/model are what `grm.py score` takes; it reads the same labels from one prefill."""
+    run(monkeypatch, task, f"--student={task / 'model'}", "--loss=label")
+    out, scored = task.parent / "out", task.parent / "scored.jsonl"
+    flags = ["score", "--model", out / "model", "--task", out / "task", "--pairs", task / "test_random.jsonl", "--out", scored]
+    monkeypatch.setattr(sys, "argv", ["grm.py", *map(str, flags)])
+    grm.main()
+    config = distill.parse_config([*arguments(task), f"--out={out / 'none'}", f"--student={out / 'model'}"])
+    expected = distill.make_student(config, grm.Task.load(task)).predict(grm.Task.load(task).read(task / "test_random.jsonl"))
+    for line, prediction in zip(scored.read_text().splitlines(), expected, strict=True):
+        assert json.loads(line)["probs"] == pytest.approx(prediction["probs"], abs=1e-5)
+
+
+@pytest.mark.parametrize("loss", ["forward", "reverse", "js"])
+def test_token_losses_train_a_copy_towards_the_teacher(task, monkeypatch, loss):
+    """A student with the teacher's own weights has loss 0; a fresh one comes closer, on the teacher's reasonings."""
+    teacher, records, answers, _ = scripted_teacher(task, monkeypatch)
+    settings = arguments(task, f"--loss={loss}", f"--student={task / 'model'}", "--steps=8", "--lr=3e-3", "--seed=3")
+    config = distill.parse_config(settings)
+    student = distill.make_student(config, teacher.tokens.task)
+    distill.check_vocabularies(teacher.tokenizer, student.tokenizer, loss)
+    prompts = teacher.tokens.prompts(records)
+    assert float(distill.token_loss(config, teacher, teacher, prompts, answers)) == pytest.approx(0, abs=1e-6)
+    Path(config.out).mkdir()
+    distill.train(config, teacher, student, records, torch.zeros(len(records), 5), answers)
+    losses = [json.loads(line)["loss"] for line in (Path(config.out) / "metrics.jsonl").read_text().splitlines()]
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_on_policy_uses_the_students_own_samples(task, monkeypatch):
+    """GKD: prompts are answered by the student, anew at each step."""
+    teacher, records, answers, _ = scripted_teacher(task, monkeypatch)
+    monkeypatch.undo()
+    config = distill.parse_config(arguments(task, "--loss=reverse", "--on_policy", f"--student={task / 'model'}", "--steps=2"))
+    student, seen = distill.make_student(config, teacher.tokens.task), []
+    sample = rollout.sample
+    monkeypatch.setattr(rollout, "sample", lambda model, *a, **k: (seen.append((model, k["step"])), sample(model, *a, **k))[1])
+    Path(config.out).mkdir()
+    distill.train(config, teacher, student, records, torch.zeros(len(records), 5), answers)
+    assert [step for _, step in seen] == [0, 1] and all(model is student.model for model, _ in seen)
+
+
+def test_same_seed_same_bytes_and_gold_alone(task, monkeypatch):
+    """Runs repeat; --loss gold asks no teacher; --labelled hides the other labels."""
+    for name in ("a", "b"):
+        run(monkeypatch, task, f"--out={task.parent / name}")
+    assert (task.parent / "a" / "metrics.jsonl").read_bytes() == (task.parent / "b" / "metrics.jsonl").read_bytes()
+    summary = run(monkeypatch, task, f"--out={task.parent / 'c'}", "--loss=gold", "--labelled=6", "--teacher=nowhere")
+    assert "teacher" not in summary
+    config = distill.parse_config([*arguments(task), "--labelled=6"])
+    records, _ = distill.read_pairs(config, grm.Task.load(task))
+    assert [r["gold"] != distill.UNLABELLED for r in records] == [True] * 6 + [False] * 34
+
+
+def test_calibration_error():
+    """Two bins: 0.9 right half of the time, 0.55 always: gaps 0.4 and 0.45."""
+    records = [{"label": x} for x in "aaaa"]
+    predictions = [{"label": label, "probs": {label: p}} for label, p in (("a", 0.9), ("b", 0.9), ("a", 0.55), ("a", 0.55))]
+    assert distill.expected_calibration_error(records, predictions) == pytest.approx(0.5 * 0.4 + 0.5 * 0.45)
+
+
+def no_label(task):
+    """A trained classifier of other labels as the student."""
+    config = BertConfig(vocab_size=99, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    BertForSequenceClassification(config).save_pretrained(task / "student")
+
+
+def other_words(task):
+    """A student whose tokenizer numbers the words differently."""
+    shutil.copytree(task / "model", task / "other")
+    path = task / "other" / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    vocab = tokenizer["model"]["vocab"]
+    vocab["topic"], vocab["place"] = vocab["place"], vocab["topic"]
+    path.write_text(json.dumps(tokenizer))
+
+
+REFUSALS = {
+    "label missing from the student's config": (no_label, [], r"no label -1, 0, 1, 2, 3 \(it has LABEL_0, LABEL_1\)"),
+    "tokenizers differ": (other_words, ["--loss=js", "--student={task}/other"], "different tokenizers; use --loss label"),
+    "token loss of a classifier": (None, ["--loss=forward"], "is a classifier; use --loss label"),
+    "on-policy without samples": (None, ["--on_policy"], "choose --loss forward"),
+    "unknown student": (None, ["--student=/nowhere"], "nowhere"),
+    "unknown teacher": (None, ["--teacher=/nowhere"], "nowhere: not a model folder"),
+    "unknown file of pairs": (None, ["--pairs=nothing.jsonl"], r"nothing\.jsonl: not found"),
+    "no labels for gold": (None, ["--loss=gold", "--labelled=0"], "no pair has a label"),
+    "no steps": (None, ["--steps=0"], "--steps 0: must be at least 1"),
+    "output exists": (lambda task: shutil.copytree(task, task.parent / "out"), [], "exists; choose another folder"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_bad_input_is_refused(task, monkeypatch, name):
+    """Each names what to change, before any work."""
+    prepare, flags, message = REFUSALS[name]
+    if prepare:
+        prepare(task)
+    with pytest.raises(SystemExit, match=message):
+        run(monkeypatch, task, *[flag.format(task=task) for flag in flags])
