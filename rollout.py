@@ -32,9 +32,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 # Attention over a tree ------------------------------------------------------------------------------------------------
+
+FUSED = {"cpu"}  # devices with a fused kernel here; elsewhere the scores are stored,
+SCORES = 2**28  # so many of them at a time
 
 
 def attend(q_KRELD, segments, scale):
@@ -45,9 +49,13 @@ def attend(q_KRELD, segments, scale):
     Every query must see at least one key. Returns [K, R, E, L, D] in q's dtype; the softmax is in float32.
     """
     K, R, E, L, D = q_KRELD.shape
-    if L > 1 and q_KRELD.device.type == "cpu":
+    if L > 1 and q_KRELD.device.type in FUSED:
         masks, keys_values = [mask for *_, mask in segments], [x for k, v, _ in segments for x in (k, v)]
         return _FusedAttend.apply(q_KRELD, scale, masks, *keys_values)
+    sharing = max(R // k.shape[1] for k, _, _ in segments if k.shape[1] > 1) if R > 1 else 1  # rows that stay together
+    rows = max(1, SCORES // (K * E * L * sum(k.shape[2] for k, _, _ in segments)) // sharing) * sharing
+    if rows < R:
+        return _attend_in_parts(q_KRELD, segments, scale, rows)
     q_KRELD, scores = q_KRELD * scale, []
     for k, _, mask in segments:
         B, C = k.shape[1], k.shape[2]
@@ -63,6 +71,19 @@ def attend(q_KRELD, segments, scale):
     for (_, v, _), weights in zip(segments, probs.split([k.shape[2] for k, _, _ in segments], -1), strict=True):
         out = out + (weights.reshape(K, v.shape[1], -1, v.shape[2]) @ v).view(K, R, E, L, D)
     return out
+
+
+def _attend_in_parts(q_KRELD, segments, scale, rows):
+    """`attend` for `rows` rows at a time; their scores are computed again in the backward pass, not kept."""
+    R, outs = q_KRELD.shape[1], []
+    for start in range(0, R, rows):
+        part = []
+        for k, v, mask in segments:
+            B = k.shape[1]
+            blocks = slice(None) if B == 1 else slice(start * B // R, min(R, start + rows) * B // R)
+            part.append((k[:, blocks], v[:, blocks], mask[:, blocks] if isinstance(mask, torch.Tensor) else mask))
+        outs.append(checkpoint(attend, q_KRELD[:, start : start + rows], part, scale, use_reentrant=False))
+    return torch.cat(outs, 1)
 
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu

@@ -57,6 +57,10 @@ def relative(a, b, least=1e-12):
 
 def compare_gradients(architecture, prompts, answers):
     plain, packed = make_model(architecture, tree=False), make_model(architecture)
+    rows = [(prompt, answer) for prompt, group in zip(prompts, answers, strict=True) for answer in group]
+    with torch.no_grad():
+        hidden = [plain.base_model(torch.tensor([p + a])).last_hidden_state[0, len(p) - 1 : -1] for p, a in rows]
+        assert relative(rollout.answer_hidden(packed, rollout.Tree(prompts, answers)), torch.cat(hidden)) < 1e-5
     expected, got = naive(plain, prompts, answers), through_tree(packed, prompts, answers)
     assert relative(got, expected) < 1e-5
     weights = torch.linspace(-1, 2, len(expected))
@@ -114,6 +118,22 @@ def test_fused_attention_equals_one_softmax():
         results.append([out.detach()] + [x.grad for x in leaves])
     for a, b in zip(*results, strict=True):
         assert relative(a, b) < 1e-5
+
+
+@pytest.mark.parametrize("scores", [1, 700, 10**9])
+def test_attention_without_fused_kernels(monkeypatch, scores):
+    """What a GPU runs: stored scores, some rows at a time; also in the sampler's prefill."""
+    monkeypatch.setattr(rollout, "FUSED", set())
+    monkeypatch.setattr(rollout, "SCORES", scores)
+    for kind in PROMPTS:
+        compare_gradients("qwen3", PROMPTS[kind], some_answers(PROMPTS[kind], 3))
+    parts, attend = [], rollout.attend
+    monkeypatch.setattr(rollout, "attend", lambda q, *rest: (parts.append(q.shape[1]), attend(q, *rest))[1])
+    compare_gradients("llama", PROMPTS["unequal"], some_answers(PROMPTS["unequal"], 3))
+    assert (len(parts) > 8) == (scores < 10**9)  # two levels, two layers, two passes
+    sampled = sample(make_model("qwen3"), PROMPTS["unequal"], group_size=2)
+    monkeypatch.undo()
+    assert torch.equal(sampled.ids_NT, sample(make_model("qwen3"), PROMPTS["unequal"], group_size=2).ids_NT)
 
 
 def test_gradient_checkpointing_changes_nothing():
