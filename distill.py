@@ -233,7 +233,7 @@ class Config:
     cache: str = setting("", "folder of the teacher's label distributions, for all students (default: TEACHER-labels)")
     pairs: str = setting("train.jsonl,sft.jsonl", "files of TASK to learn from; a pair needs no label")
     labelled: int = setting(-1, "use the gold labels of the first so many pairs only (-1: all)")
-    seed: int = setting(0, "seeds the teacher's reasonings, fresh weights and the order of the pairs")
+    seed: int = setting(0, "seeds fresh weights, the order of the pairs and on-policy samples")
     # teacher
     samples: int = setting(4, "reasonings of the teacher for each pair")
     sampling_temperature: float = setting(1.0, "temperature of these reasonings")
@@ -356,7 +356,7 @@ class Teacher:
         """Of all that the distributions depend on."""
         c, digest = self.config, hashlib.sha256()
         reasons = self.tokens.task.format == "reason-first" or c.loss != "label"
-        settings = (c.samples, c.sampling_temperature, c.max_new_tokens, c.seed) if reasons else ()
+        settings = (c.samples, c.sampling_temperature, c.max_new_tokens) if reasons else ()
         digest.update(json.dumps([self.tokens.task.criteria, self.tokens.task.format, settings]).encode())
         for path in sorted(p for p in Path(c.teacher).glob("*") if p.suffix in (".safetensors", ".json", ".jinja")):
             with open(path, "rb") as file:
@@ -376,7 +376,7 @@ class Teacher:
             return {"probs_NY": logits_NY.softmax(-1), "ids": one, "lengths_NM": one[:, None].clone()}
         sampled = rollout.sample(
             self.model, prompts, group_size=M, max_new_tokens=self.config.max_new_tokens, eos_id=tokens.eos_id,
-            temperature=self.config.sampling_temperature, seed=self.config.seed, first_row=first * M,
+            temperature=self.config.sampling_temperature, first_row=first * M,  # seed 0: all students share them
             cache_tokens=self.config.cache_tokens,
         )  # fmt: skip
         kept, cut, lengths = [], [], []

@@ -499,7 +499,7 @@ def test_teacher_distributions_equal_the_naive_ones(task, monkeypatch):
 
 
 def test_cache_is_reused_resumed_and_refused_when_stale(task, monkeypatch):
-    """Only what is missing is sampled; another seed, teacher or document makes it stale."""
+    """Only what is missing is sampled; another setting, teacher or document makes it stale."""
     monkeypatch.setattr(distill, "SHARD", 8)
     teacher, records, _, calls = scripted_teacher(task, monkeypatch)
     first, _ = teacher.labels(records)
@@ -509,10 +509,10 @@ def test_cache_is_reused_resumed_and_refused_when_stale(task, monkeypatch):
     (folder / "labels-00001.safetensors.tmp").write_bytes(b"half a file")
     again, _ = teacher.labels(records)
     assert calls == [8, 8, 4, 8] and torch.equal(first, again)
-    teacher.config.seed = 1
+    teacher.config.sampling_temperature = 0.5
     with pytest.raises(grm.TaskError, match=r"stale.*delete"):
         teacher.labels(records)
-    teacher.config.seed = 0
+    teacher.config.sampling_temperature = 1.0
     with pytest.raises(grm.TaskError, match="stale"):
         teacher.labels([{**records[0], "document": "another"}, *records[1:]])
 
