@@ -26,19 +26,21 @@ key-value head, B blocks and C keys of a segment, D head size (for hidden states
 import runpy
 import sys
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 # Attention over a tree ------------------------------------------------------------------------------------------------
 
-FUSED = {"cpu"}  # devices with a fused kernel here; elsewhere the scores are stored,
+FUSED = {"cpu"}  # devices with a fused kernel for `attend`; elsewhere its scores are stored,
 SCORES = 2**28  # so many of them at a time
+FLEX = {"cuda"}  # devices where the packed tree is trained by torch's FlexAttention instead, one kernel over all levels
 
 
 def attend(q_KRELD, segments, scale):
@@ -71,6 +73,11 @@ def attend(q_KRELD, segments, scale):
     for (_, v, _), weights in zip(segments, probs.split([k.shape[2] for k, _, _ in segments], -1), strict=True):
         out = out + (weights.reshape(K, v.shape[1], -1, v.shape[2]) @ v).view(K, R, E, L, D)
     return out
+
+
+@cache
+def _compiled_flex_attention():
+    return torch.compile(flex_attention)
 
 
 def _attend_in_parts(q_KRELD, segments, scale, rows):
@@ -210,17 +217,19 @@ class Tree:
         C = common_prefix_length(prompts)
         ids, positions = list(prompts[0][:C]), list(range(C))
         prompt_rows, shared_rows, answer_rows, predict, targets = [], [], [], [], []
+        owners = [(0, 0)] * C  # of each packed token: its prompt and answer, from 1; 0 where it belongs to all
 
-        def add(tokens, position):
+        def add(tokens, position, prompt, answer):
             start = len(ids)
             ids.extend(tokens)
+            owners.extend([(prompt, answer)] * len(tokens))
             positions.extend(range(position, position + len(tokens)))
             return range(start, len(ids))
 
         group = max(map(len, answers))
-        for prompt, prompt_answers in zip(prompts, answers, strict=True):
+        for number, (prompt, prompt_answers) in enumerate(zip(prompts, answers, strict=True), 1):
             single = len(prompt_answers) == 1
-            row = add(list(prompt[C:]) + (list(prompt_answers[0][:-1]) if single else []), C)
+            row = add(list(prompt[C:]) + (list(prompt_answers[0][:-1]) if single else []), C, number, 0)
             prompt_rows.append(row)
             last = row[len(prompt) - C - 1]
             if not single:
@@ -228,8 +237,10 @@ class Tree:
                 answer_rows += [range(0)] * (group - len(prompt_answers))  # so that all groups have the same size
             for answer in prompt_answers:
                 # The last token is only predicted, never fed; the first is predicted by the prompt's last token.
-                own = range(last + 1, last + len(answer)) if single else add(answer[:-1], len(prompt))
-                if not single:
+                if single:
+                    own = range(last + 1, last + len(answer))
+                else:
+                    own = add(answer[:-1], len(prompt), number, len(answer_rows) + 1)
                     answer_rows.append(own)
                 predict += [last, *own]
                 targets += answer
@@ -237,6 +248,7 @@ class Tree:
         as_tensor = lambda values: torch.tensor(values, dtype=torch.long, device=device)
         self.input_ids, self.position_ids = as_tensor(ids)[None], as_tensor(positions)[None]
         self.predict_A, self.targets_A = as_tensor(predict), as_tensor(targets)
+        self.prompt_S, self.answer_S = as_tensor(owners).T.contiguous()
         self._index_rows([len(a) for g in answers for a in g], as_tensor)
         self._index_levels(prompt_rows, shared_rows, answer_rows, len(ids), as_tensor)
 
@@ -264,8 +276,25 @@ class Tree:
         if shared_rows:
             self.shared_mask = _padding_mask(as_tensor([len(row) for row in shared_rows]), self.shared_RL.shape[1])
 
+    @cached_property
+    def block_mask(self):
+        """FlexAttention's mask: a token sees what precedes it of the prefix, of its own prompt, and of its own answer."""
+        prompt_S, answer_S, S = self.prompt_S, self.answer_S, len(self.prompt_S)
+
+        def visible(batch, head, query, key):
+            its_prompt = (prompt_S[key] == 0) | (prompt_S[key] == prompt_S[query])
+            its_answer = (answer_S[key] == 0) | (answer_S[key] == answer_S[query])
+            return (key <= query) & its_prompt & its_answer
+
+        return create_block_mask(visible, None, None, S, S, device=prompt_S.device)
+
     def attend(self, layer, q_HSD, k_KSD, v_KSD, scale):
         """Attention of all packed tokens at once; returns [S, H, D]."""
+        if q_HSD.device.type in FLEX:
+            kernel = _compiled_flex_attention() if q_HSD.device.type == "cuda" else flex_attention
+            # Under autocast, norms leave queries and keys in float32 and values in bfloat16.
+            q, k, v = (x[None].to(v_KSD.dtype) for x in (q_HSD, k_KSD, v_KSD))
+            return kernel(q, k, v, block_mask=self.block_mask, scale=scale, enable_gqa=True)[0].transpose(0, 1)
         H, _, D = q_HSD.shape
         K, C = k_KSD.shape[0], self.prefix
         prefix = [(k_KSD[:, None, :C], v_KSD[:, None, :C], None)] if C else []

@@ -136,6 +136,18 @@ def test_attention_without_fused_kernels(monkeypatch, scores):
     assert torch.equal(sampled.ids_NT, sample(make_model("qwen3"), PROMPTS["unequal"], group_size=2).ids_NT)
 
 
+@pytest.mark.parametrize("group", [1, 3])
+@pytest.mark.parametrize("kind", PROMPTS)
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+def test_flex_attention_sees_the_same_tree(monkeypatch, kind, group):
+    """What a GPU trains with: one mask over the packed row. On the CPU it has a forward pass only."""
+    model, tree = make_model("qwen3"), rollout.Tree(PROMPTS[kind], some_answers(PROMPTS[kind], group))
+    with torch.no_grad():
+        expected = rollout.answer_hidden(model, tree)
+        monkeypatch.setattr(rollout, "FLEX", {"cpu"})
+        assert relative(rollout.answer_hidden(model, tree), expected) < 1e-5
+
+
 def test_gradient_checkpointing_changes_nothing():
     """Recomputed layers must see the same tree."""
     prompts, answers = PROMPTS["unequal"], some_answers(PROMPTS["unequal"], 3)

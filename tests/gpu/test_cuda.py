@@ -1,5 +1,6 @@
-"""What needs a CUDA GPU: the unfused attention there, bf16 sampling, and a whole run. Skipped, and saying so, elsewhere."""
+"""What needs a CUDA GPU: attention there, CUDA graphs, bf16 sampling, a whole run. Skipped, and saying so, elsewhere."""
 
+import gc
 import json
 import shutil
 import sys
@@ -16,26 +17,53 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 PROMPTS = [[7, 8, 9, 20, 21, 22], [7, 8, 9, 23], [7, 8, 9, 24, 25]]
 
 
-def test_tree_on_cuda_equals_tree_on_cpu():
-    """The GPU takes the plain concatenated softmax, the CPU the fused kernels: same log-probabilities and gradients."""
+def test_tree_on_cuda_equals_tree_on_cpu(monkeypatch):
+    """The GPU takes FlexAttention, or stored scores, the CPU the fused kernels: same log-probabilities and gradients."""
     answers = [[[30, 31], [32]], [[33], [34, 35, 2]], [[36, 2], [37, 38]]]
     results = []
-    for device in ("cpu", "cuda"):
-        model = make_model("qwen3").to(device)
+    for device, flex in (("cpu", set()), ("cuda", set()), ("cuda", {"cuda"})):
+        monkeypatch.setattr(rollout, "FLEX", flex)
+        model = make_model("qwen3", head_dim=16).to(device)
         tree = rollout.Tree(PROMPTS, answers, device)
         hidden = rollout.answer_hidden(model, tree)
         logprobs_A, _ = rollout.token_logprobs(hidden, model.lm_head, tree.targets_A)
         logprobs_A.sum().backward()
         results.append([logprobs_A.detach().cpu(), *(p.grad.cpu() for p in model.parameters())])
-    for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-3)
+    for cpu, *others in zip(*results, strict=True):
+        for other in others:
+            torch.testing.assert_close(other, cpu, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("cache_tokens", [120, 2**17])
+def test_cuda_graphs_give_the_same_tokens(cache_tokens):
+    """The captured step, padded with idle rows, against the eager one; with refills, growing widths and shrinking batches."""
+    model = make_model("qwen3").to("cuda")
+    settings = {"group_size": 3, "max_new_tokens": 40, "eos_id": 2, "cache_tokens": cache_tokens * 2, "seed": 5}
+    graphs, eager = (rollout.sample(model, PROMPTS * 2, cuda_graphs=on, **settings) for on in (True, False))
+    assert torch.equal(graphs.ids_NT, eager.ids_NT) and torch.equal(graphs.ended_N, eager.ended_N)
+    torch.testing.assert_close(graphs.logprobs_NT, eager.logprobs_NT)
+
+
+def test_memory_is_returned_after_a_call():
+    """Captured graphs and their cache go when the call ends."""
+    model = make_model("qwen3").to("cuda")
+    held = []
+    for _ in range(3):
+        rollout.sample(model, PROMPTS, group_size=4, max_new_tokens=40, eos_id=2)
+        gc.collect()
+        torch.cuda.synchronize()
+        held.append(torch.cuda.memory_allocated())
+    assert held[2] <= held[1]
 
 
 def test_bf16_samples_are_scored_alike():
     """bfloat16 sampling on the GPU against float32 scoring there."""
-    half = make_model("qwen3", initializer_range=0.08).to("cuda", torch.bfloat16)
+    half = make_model("qwen3", initializer_range=0.08, head_dim=16).to("cuda", torch.bfloat16)
     out = rollout.sample(half, PROMPTS, group_size=4, max_new_tokens=9, eos_id=2)
-    model, tree = make_model("qwen3", initializer_range=0.08).to("cuda"), rollout.Tree(PROMPTS, out.answers(), "cuda")
+    model, tree = (
+        make_model("qwen3", initializer_range=0.08, head_dim=16).to("cuda"),
+        rollout.Tree(PROMPTS, out.answers(), "cuda"),
+    )
     scored_A, _ = rollout.token_logprobs(rollout.answer_hidden(model, tree), model.lm_head, tree.targets_A)
     assert float((scored_A - tree.pack(out.logprobs_NT[:, : int(out.lengths_N.max())])).abs().max()) < 0.15
 
