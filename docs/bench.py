@@ -65,11 +65,11 @@ def time_of(run, device):
 
 def hardware(device, dtype):
     """Measured rates of this device: multiply-adds of a large matrix product, flop/s, and of a large copy, bytes/s."""
-    a = torch.randn(4096, 4096, device=device, dtype=dtype)
+    a = torch.randn(2048, 2048, device=device, dtype=dtype)
     source = torch.zeros(2**26, device=device)
     target = source.clone()
-    best = lambda run: min(time_of(run, device) for _ in range(5))
-    return 2 * 4096**3 / best(lambda: a @ a), 2 * 4 * 2**26 / best(lambda: target.copy_(source))
+    best = lambda run: min(time_of(run, device) for _ in range(10))
+    return 2 * 2048**3 / best(lambda: a @ a), 2 * 4 * 2**26 / best(lambda: target.copy_(source))
 
 
 def time_limit(model, prefilled, drawn, steps, passes, rates):

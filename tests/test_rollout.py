@@ -1,6 +1,7 @@
 """rollout.py: the tree against the naive forward, row by row, and the sampler against the exact distribution."""
 
 import gc
+import os
 import shutil
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from conftest import ARCHITECTURES, ROOT, make_model
+from conftest import ARCHITECTURES, NOTES, ROOT, make_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -469,3 +470,15 @@ def test_file_works_alone(tmp_path):
         if line.startswith(("import ", "from "))
     )
     assert set(imports) <= {*sys.stdlib_module_names, "numpy", "torch", "transformers"}
+
+
+def test_bench_prints_every_part():
+    """`python rollout.py --bench` on a small shape: a line for each contestant, with its ratio."""
+    shape = ["2", "2", "8", "4", "16"]
+    command = [sys.executable, ROOT / "rollout.py", "--bench", "--model", NOTES / "model", "--repeats", "1"]
+    command += ["--sampling", *shape, "--training", *shape, "--sampling_dtype", "float32"]
+    out = subprocess.run(list(map(str, command)), capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert out.returncode == 0, out.stderr
+    for name in ("tree", "model.generate", "all of", "padded batch", "padded, answer logits", "vocabulary 152,000"):
+        assert name in out.stdout
+    assert "1.0x" in out.stdout
