@@ -267,15 +267,35 @@ def parse_config(argv=None):
     for name in ("lr", "temperature", "sampling_temperature"):
         if not 0 < getattr(config, name) < math.inf:
             raise grm.TaskError(f"--{name} {getattr(config, name)}: must be positive and finite")
-    if not 0 <= config.gold_weight <= 1 or not 0 < config.beta < 1:
-        raise grm.TaskError("--gold_weight must be from 0 to 1, --beta between 0 and 1")
+    if not 0 <= config.gold_weight <= 1:
+        raise grm.TaskError(f"--gold_weight {config.gold_weight}: must be from 0 to 1")
+    if not 0 < config.beta < 1:
+        raise grm.TaskError(f"--beta {config.beta}: must be between 0 and 1; --loss forward is 0, reverse is 1")
     if config.on_policy and config.loss in ("label", "gold"):
         raise grm.TaskError(f"--on_policy: the {config.loss} loss has no samples; choose --loss forward, reverse or js")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise grm.TaskError("several processes are not supported yet; run `python distill.py` or torchrun with one process")
-    if Path(config.out).exists() and any(Path(config.out).iterdir()):
+    if config.labelled < -1:
+        raise grm.TaskError(f"--labelled {config.labelled}: must be at least 0, or -1 for all")
+    for name in ("teacher", "student") if config.loss != "gold" else ("student",):
+        value = getattr(config, name)
+        if not Path(value).is_dir() and (value.startswith((".", "/")) or value.count("/") != 1):
+            raise grm.TaskError(f"--{name} {value}: no such folder; train.py writes the teacher's (OUT/model)")
+    for name in ("out", "cache"):
+        if Path(getattr(config, name)).exists() and not Path(getattr(config, name)).is_dir():
+            raise grm.TaskError(f"--{name} {getattr(config, name)}: not a folder")
+    # A run that was stopped has written metrics.jsonl alone, and is begun again.
+    if Path(config.out).is_dir() and any(path.name != "metrics.jsonl" for path in Path(config.out).iterdir()):
         raise grm.TaskError(f"--out {config.out}: exists; choose another folder, or delete it")
     return config
+
+
+def make_folder(name, folder):
+    """Create a folder that a setting names; grm.TaskError where that cannot be."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise grm.TaskError(f"--{name} {folder}: {error.strerror}") from None
 
 
 def read_pairs(config, task):
@@ -298,7 +318,7 @@ def read_pairs(config, task):
 
 # Stage 1: what the teacher thinks -------------------------------------------------------------------------------------
 
-SHARD = 2048  # pairs in a file of the cache
+SHARD = 512  # pairs in a file of the cache: what a stopped run loses at most
 
 
 class Teacher:
@@ -322,12 +342,16 @@ class Teacher:
         path, shards = folder / "index.json", range(0, count, SHARD)
         if path.exists() and json.loads(path.read_text(encoding="utf-8")) != index:
             raise grm.TaskError(
-                f"--cache {folder}: is stale, of another teacher, task, pairs or settings; delete it, or choose another folder"
+                f"--cache {folder}: is stale (another teacher, task, list of pairs or sampling); delete it, or choose another"
             )
         if not path.exists():
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder("cache", folder)
             path.write_text(json.dumps(index) + "\n", encoding="utf-8")
         prompts = self.tokens.prompts(records)
+        try:
+            rollout.fit_rows(prompts, self.config.samples, self.config.max_new_tokens, self.config.cache_tokens)
+        except ValueError as error:
+            raise grm.TaskError(f"--{error}") from None
         bar = tqdm(total=count, desc="teacher", unit="pair", disable=None, dynamic_ncols=True)
         probs, traces, asked = [], [], 0
         for start in shards:
@@ -480,7 +504,10 @@ class ClassifierStudent:
         assert len(self.order) == Y
         context = getattr(model_config, "max_position_embeddings", config.max_length)
         self.length = min(config.max_length, context)
-        self.tokens = grm.TokenTask(task, self.tokenizer, self.length) if config.input == "prompt" else None
+        try:
+            self.tokens = grm.TokenTask(task, self.tokenizer, self.length) if config.input == "prompt" else None
+        except grm.TaskError as error:
+            raise grm.TaskError(f"--input prompt, --student {folder}: {error}") from None
 
     def _check_labels(self, model_config):
         names = set(map(str, model_config.id2label.values()))
@@ -648,14 +675,14 @@ def evaluate(task, judge, tests):
 
 def print_table(summary):
     """One line for each model and test set."""
-    print(f"\n{'':9}{'test set':<16}{'accuracy':>9}{'macro-F1':>10}{'kappa':>7}{'nDCG@10':>9}{'ECE':>7}"
+    print(f"\n{'':9}{'test set':<16}{'accuracy':>9}{'macro-F1':>10}{'kappa':>7}{'nDCG@10':>9}{'ECE':>7}{'malformed':>11}"
           f"{'ms, batch 1':>13}{'ms, batch 64':>14}{'parameters':>13}")  # fmt: skip
     for who in ("teacher", "student"):
         if who in summary:
             for name, m in summary[who]["tests"].items():
                 ndcg = f"{m['ndcg@10']:.3f}" if "ndcg@10" in m else "-"
                 times = [summary[who][f"ms_per_pair_batch_{batch}"] for batch in (1, 64)]
-                print(f"{who:<9}{name:<16}{m['accuracy']:>9.3f}{m['macro_f1']:>10.3f}{m['kappa']:>7.3f}{ndcg:>9}{m['ece']:>7.3f}"
+                print(f"{who:<9}{name:<16}{m['accuracy']:>9.3f}{m['macro_f1']:>10.3f}{m['kappa']:>7.3f}{ndcg:>9}{m['ece']:>7.3f}{m['malformed']:>11.3f}"
                       f"{times[0]:>13.2f}{times[1]:>14.3f}{summary[who]['parameters']:>13,}")  # fmt: skip
 
 
@@ -667,6 +694,7 @@ def main():
         config = parse_config()
         task = grm.Task.load(config.task)
         records, tests = read_pairs(config, task)
+        make_folder("out", config.out)
         student = make_student(config, task)
         teacher = None if config.loss == "gold" else Teacher(config, task)
         if student.reasons:
@@ -675,7 +703,6 @@ def main():
         # Stage 1: what the teacher thinks
         probs_NY, traces = teacher.labels(records) if teacher else (None, None)
         summary = {"config": asdict(config), "teacher_s": time.perf_counter() - start}
-        Path(config.out).mkdir(parents=True, exist_ok=True)
         # Stage 2: the student learns it
         summary["training_s"] = train(config, teacher, student, records, probs_NY, traces)
         student.save(Path(config.out))
@@ -688,10 +715,13 @@ def main():
     except (grm.TaskError, OSError) as error:
         sys.exit(f"{error}")
     except KeyboardInterrupt:
-        sys.exit("stopped; what the teacher said is kept in --cache, and the same command goes on from there")
+        sys.exit(
+            f"stopped; what the teacher has said is in --cache ({SHARD} pairs a file), and the same command goes on from there"
+        )
     (Path(config.out) / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     print_table(summary)
-    print(f"\n{config.out}/model: the student; teacher {summary['teacher_s']:.0f} s, training {summary['training_s']:.0f} s")
+    asked = f"teacher {summary['teacher_s']:.0f} s, " if teacher else ""
+    print(f"\n{config.out}/model: the student; {asked}training {summary['training_s']:.0f} s")
 
 
 if __name__ == "__main__":

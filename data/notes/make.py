@@ -22,7 +22,7 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, pr
 from transformers import ModernBertConfig, PreTrainedTokenizerFast, Qwen3Config
 
 SEED = 20260
-SIZES = {"sft": 7500, "train": 4500, "test_random": 500, "test_longtail": 500, "unlabelled": 6000}
+SIZES = {"sft": 7500, "train": 4500, "test_random": 500, "test_longtail": 500, "unlabelled": 5000}
 
 CATEGORIES = {
     "sport": ["skiing", "skating", "hiking", "surfing"],
