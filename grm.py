@@ -113,6 +113,8 @@ class Task:
             if line.strip():
                 try:
                     records.append({**self._check(json.loads(line.decode("utf-8")), fields), "where": f"{path}:{number}"})
+                except json.JSONDecodeError as error:
+                    problems.append(f"{path}:{number}: not JSON: {error.msg}, column {error.colno}")
                 except (ValueError, RecursionError) as error:
                     problems.append(f"{path}:{number}: {error}")
         if not records and not problems:
@@ -478,8 +480,8 @@ def load_model(source, device=None, dtype=torch.float32, seed=0):
             raise TaskError(f"{source}: no config.json; a model folder holds config, tokenizer and safetensors weights")
         if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
             raise TaskError(f"{source}: no tokenizer (tokenizer.json); save one with tokenizer.save_pretrained")
-    elif folder.exists() or str(source).startswith((".", "/")):
-        raise TaskError(f"{source}: not a model folder; name one, or a hub model, with --model")
+    elif folder.exists() or str(source).startswith((".", "/")) or str(source).count("/") > 1:
+        raise TaskError(f"{source}: not a model folder; name one, or a hub model")
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         if not folder.is_dir() or list(folder.glob("*.safetensors")):
@@ -599,8 +601,8 @@ def score_file(args):
         raise TaskError(f"--batch_size {args.batch_size}: must be at least 1")
     if out.exists():
         raise TaskError(f"--out {out}: exists; delete it or choose another name")
-    if not out.absolute().parent.is_dir():
-        raise TaskError(f"--out {out}: its folder does not exist")
+    if not out.absolute().parent.is_dir() or not os.access(out.absolute().parent, os.W_OK):
+        raise TaskError(f"--out {out}: its folder does not exist, or cannot be written")
     tokens, engine = _load_for_scoring(args)
     records = tokens.task.read(args.pairs, fields=())
     tokens.prompts(records)  # so that a pair that does not fit is named before any work

@@ -86,7 +86,7 @@ DISTILL = """{
   "pairs": "train.jsonl,sft.jsonl,unlabelled.jsonl",
   "samples": 1,
   "max_new_tokens": 64,
-  "steps": 5000,
+  "steps": 6500,
   "batch": 32,
   "lr": 2e-3
 }
