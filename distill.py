@@ -37,7 +37,7 @@ import math
 import os
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -52,6 +52,7 @@ from transformers.utils import logging as hf_logging
 
 import grm
 import rollout
+from grm import setting
 
 UNLABELLED = -100  # what torch's cross-entropy ignores
 
@@ -215,11 +216,6 @@ def token_kd_loss(
 
 
 # Settings and data ----------------------------------------------------------------------------------------------------
-
-
-def setting(default, text):
-    """A field of Config with its help text."""
-    return field(default=default, metadata={"help": text.replace("%", "%%")})  # argparse formats help texts
 
 
 @dataclass

@@ -164,6 +164,11 @@ class Task:
         return np.asarray(label_probs) @ np.asarray(values, dtype=np.float64)
 
 
+def setting(default, text):
+    """A field of a settings dataclass, with its help text."""
+    return field(default=default, metadata={"help": text.replace("%", "%%")})  # argparse formats help texts
+
+
 def parse_settings(config_class, name, description, argv=None):
     """Settings from the command line, then the JSON file TASK/`name`, then the defaults of the dataclass `config_class`.
 

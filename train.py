@@ -25,7 +25,7 @@ import signal
 import sys
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -39,11 +39,7 @@ from transformers.utils import logging as hf_logging
 import grm
 import rollout
 import sam
-
-
-def setting(default, text):
-    """A field of Config with its help text."""
-    return field(default=default, metadata={"help": text.replace("%", "%%")})  # argparse formats help texts
+from grm import setting
 
 
 @dataclass
