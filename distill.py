@@ -480,6 +480,8 @@ class ClassifierStudent:
             model_config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
             self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
             trained = bool(list(folder.glob("*.safetensors"))) or not folder.is_dir()
+            if not trained and (list(folder.glob("*.bin")) or list(folder.glob("*.pt"))):
+                raise grm.TaskError(f"--student {folder}: only pickled weights, which are not loaded; convert to safetensors")
             if trained and "ForSequenceClassification" in str(model_config.architectures):
                 self._check_labels(model_config)
             else:

@@ -622,6 +622,7 @@ def other_words(task):
 REFUSALS = {
     "label missing from the student's config": (no_label, [], r"no label -1, 0, 1, 2, 3 \(it has LABEL_0, LABEL_1\)"),
     "tokenizers differ": (other_words, ["--loss=js", "--student={task}/other"], "different tokenizers; use --loss label"),
+    "pickled weights": (lambda task: (task / "student" / "pytorch_model.bin").write_bytes(b"x"), [], "only pickled weights"),
     "token loss of a classifier": (None, ["--loss=forward"], "is a classifier; use --loss label"),
     "on-policy without samples": (None, ["--on_policy"], "choose --loss forward"),
     "unknown student": (None, ["--student=/nowhere"], "--student /nowhere: no such folder"),
