@@ -413,8 +413,9 @@ class Teacher:
         for part in rollout.micro_batches(chosen, answers, self.config.max_tokens) if usable else ():
             tree = rollout.Tree(chosen[part], answers[part], self.model.device)
             last_N = tree.lengths_N.cumsum(0) - 1  # the position that predicts each answer's label
-            logits_NV = self.model.get_output_embeddings()(rollout.answer_hidden(self.model, tree)[last_N])
-            rows = logits_NV[:, tokens.label_ids].float().softmax(-1).cpu().split([len(group) for group in answers[part]])
+            hidden_ND = rollout.answer_hidden(self.model, tree)[last_N]
+            logits_NY = rollout.logits_of(self.model.get_output_embeddings(), hidden_ND, tokens.label_ids)
+            rows = logits_NY.softmax(-1).cpu().split([len(group) for group in answers[part]])
             for i, probs_MY in zip(usable[part], rows, strict=True):
                 probs_NY[i] = probs_MY.mean(0)
         as_tensor = lambda values: torch.tensor(values, dtype=torch.int32)
@@ -448,8 +449,8 @@ class CausalStudent:
     def label_logits(self, encoded):
         """float32 [N, Y]."""
         tree = rollout.Tree(encoded, [[[self.tokens.label_ids[0]]]] * len(encoded), self.model.device)
-        logits_NV = self.model.get_output_embeddings()(rollout.answer_hidden(self.model, tree))
-        return logits_NV[:, self.tokens.label_ids].float()
+        hidden_ND = rollout.answer_hidden(self.model, tree)
+        return rollout.logits_of(self.model.get_output_embeddings(), hidden_ND, self.tokens.label_ids)
 
     def predict(self, records):
         """Its judgements, as grm.metrics takes them."""
@@ -475,7 +476,7 @@ class ClassifierStudent:
 
     def __init__(self, config, task):
         self.config, self.task, self.reasons = config, task, False
-        folder, Y = Path(config.student), len(task.labels)
+        folder = Path(config.student)
         try:
             model_config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
             self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
@@ -499,7 +500,6 @@ class ClassifierStudent:
             raise grm.TaskError(f"--student {folder}: cannot be loaded: {str(error).splitlines()[0]}") from error
         self.model.to("cuda" if torch.cuda.is_available() else "cpu")
         self.order = [self.model.config.label2id[label] for label in task.labels]
-        assert len(self.order) == Y
         context = getattr(model_config, "max_position_embeddings", config.max_length)
         self.length = min(config.max_length, context)
         try:

@@ -394,6 +394,12 @@ def token_logprobs(hidden_AD, head, targets_A, temperature=1.0, chunk=None):
     return _TokenLogprobs.apply(hidden_AD, head.weight, head.bias, targets_A, temperature, chunk, dtype)
 
 
+def logits_of(head, hidden_ND, ids):
+    """float32 logits [N, Y] of some ids alone, from the head's rows for them: [N, vocabulary] is never made. Differentiable."""
+    bias = None if head.bias is None else head.bias[ids]
+    return F.linear(hidden_ND, head.weight[ids], bias).float()
+
+
 def micro_batches(prompts, answers, max_tokens):
     """Cut a batch into micro-batches of whole groups (slices of the prompts): at most max_tokens tokens each, or one group."""
     slices, start, used = [], 0, 0
@@ -793,8 +799,7 @@ class TreeEngine:
         answers, out = [[[label_ids[0]]]] * len(sequences), []  # one token to predict, whichever
         for part in micro_batches(sequences, answers, self.max_tokens):
             tree = Tree(sequences[part], answers[part], self.model.device)
-            hidden_ND = answer_hidden(self.model, tree)
-            out.append(self.model.get_output_embeddings()(hidden_ND)[:, label_ids].float().cpu())
+            out.append(logits_of(self.model.get_output_embeddings(), answer_hidden(self.model, tree), label_ids).cpu())
         return torch.cat(out)
 
 
