@@ -1,10 +1,12 @@
-"""The README's results: seeds x credit rules on the embedded task, as a table and a picture.
+"""The README's results: seeds x settings on the embedded task, as a table and a picture.
 
-    python docs/results.py --out runs/results                       # the default setting, five seeds
+    python docs/results.py --out runs/results                       # credit rules in the default setting, five seeds
     python docs/results.py --out runs/results-lr --group_size 4 --lr 4e-4     # further flags go to train.py's RL stage
+    python docs/results.py --out runs/balance --sweep balance --rl_steps 480  # weights of the SFT loss beside RL
+    python docs/results.py --out runs/balance --sweep curriculum --rl_steps 480      # OUT may be shared: same SFT models
 
-For each seed one SFT run, then from the same fine-tuned model one RL run for each rule. Runs that are done are not done
-again, so a stopped sweep goes on. Writes OUT/table.md and OUT/curves.png.
+For each seed one SFT run, then from the same fine-tuned model one RL run for each setting. Runs that are done are not done
+again, so a stopped sweep goes on. Writes OUT/SWEEP.md and OUT/SWEEP.png.
 """
 
 import argparse
@@ -19,10 +21,14 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
-RULES = {
-    "plain GRPO": ["--rule", "none"],
-    "SAM, step labels": ["--step_targets", "labels"],
-    "SAM, final label": ["--step_targets", "final"],
+SWEEPS = {  # of each, the first setting is the one that the others are compared with
+    "rules": {
+        "plain GRPO": ["--rule", "none"],
+        "SAM, step labels": ["--step_targets", "labels"],
+        "SAM, final label": ["--step_targets", "final"],
+    },
+    "balance": {f"sft_coef {value}": ["--sft_coef", value] for value in (0, 0.01, 0.1, 1)},
+    "curriculum": {"sft_coef 0": [], "passrate": ["--curriculum", "passrate"]},  # the first: shared with "balance"
 }
 
 
@@ -39,48 +45,59 @@ def run(out, threads, *flags):
         sys.exit(f"{out}: failed, see {out}.log")
 
 
-def one_seed(out, seed, threads, flags):
-    """SFT, then RL under each rule from the same fine-tuned model."""
+def folder_of(name):
+    """The folder of a setting."""
+    return name.replace(", ", "-").replace(" ", "-")
+
+
+def one_seed(out, settings, seed, threads, flags):
+    """SFT, then RL under each setting from the same fine-tuned model."""
     base = out / f"seed{seed}"
     base.mkdir(parents=True, exist_ok=True)
     run(base / "sft", threads, "--seed", seed, "--rl_steps", 0)
-    for name, rule in RULES.items():
+    for name, setting in settings.items():
         start = ["--model", base / "sft" / "sft", "--sft_steps", 0, "--eval_every", 0]
-        run(base / name.replace(", ", "-").replace(" ", "-"), threads, "--seed", seed, *start, *rule, *flags)
+        run(base / folder_of(name), threads, "--seed", seed, *start, *setting, *flags)
 
 
-def read(out, seeds):
-    """{setting: {"test_random": [...], "test_longtail": [...], "reward": [[...] per seed]}}, accuracies by seed."""
+def read(out, settings, seeds):
+    """{setting: {column: [a value, or for reward a list over steps, for each seed]}}."""
     results = {}
-    for name in ("SFT alone", *RULES):
-        folder = "sft" if name == "SFT alone" else name.replace(", ", "-").replace(" ", "-")
-        rows = {"test_random": [], "test_longtail": [], "reward": []}
+    for name in ("SFT alone", *settings):
+        rows = {column: [] for column in ("random", "longtail", "recall", "entropy", "no_signal", "reward")}
         for seed in seeds:
-            base = out / f"seed{seed}" / folder
+            base = out / f"seed{seed}" / ("sft" if name == "SFT alone" else folder_of(name))
             last = list(json.loads((base / "summary.json").read_text()).values())[-1]
-            for test in ("test_random", "test_longtail"):
-                rows[test].append(last[test]["accuracy"])
+            rows["random"].append(last["test_random"]["accuracy"])
+            rows["longtail"].append(last["test_longtail"]["accuracy"])
+            classes = [counts for test in last.values() for counts in test["classes"].values() if counts["gold"]]
+            rows["recall"].append(min(counts["right"] / counts["gold"] for counts in classes))
             records = [json.loads(line) for line in (base / "metrics.jsonl").read_text().splitlines()]
-            rows["reward"].append([r["reward"] for r in records if r["stage"] == "rl"])
+            records = [r for r in records if r["stage"] == "rl"]
+            if records:
+                rows["reward"].append([r["reward"] for r in records])
+                rows["entropy"].append(np.mean([r["entropy"] for r in records[-len(records) // 10 :]]))
+                rows["no_signal"].append(np.mean([r["frac_zero_std"] for r in records]))
         results[name] = rows
     return results
 
 
-def table(results):
-    """The results as a Markdown table, mean ± standard deviation over seeds. All rules start from the same fine-tuned
-    models, so the last column is paired: the difference to plain GRPO in mean accuracy over training, seed by seed."""
+def table(results, first):
+    """The results as a Markdown table, mean ± standard deviation over seeds. All settings start from the same fine-tuned
+    models, so the last column is paired: the difference to the first setting in mean accuracy over training, by seed."""
 
     def cell(values, sign=""):
-        return f"{np.mean(values):{sign}.3f} ± {np.std(values, ddof=1) if len(values) > 1 else 0:.3f}"
+        return f"{np.mean(values):{sign}.3f} ± {np.std(values, ddof=1) if len(values) > 1 else 0:.3f}" if len(values) else "-"
 
-    lines = ["| | test_random | test_longtail | mean over training | its difference to plain GRPO |", "|---|---|---|---|---|"]
-    grpo = np.array([np.mean(r) for r in results["plain GRPO"]["reward"]])
+    columns = {"random": "test_random", "longtail": "test_longtail", "recall": "lowest recall of a label"}
+    columns |= {"entropy": "entropy, last tenth", "no_signal": "groups without a signal"}
+    head = ["", *columns.values(), "mean over training", f"its difference to {first}"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    of_first = np.array([np.mean(r) for r in results[first]["reward"]])
     for name, rows in results.items():
-        over = difference = "-"
-        if rows["reward"][0]:
-            mean = np.array([np.mean(r) for r in rows["reward"]])
-            over, difference = cell(mean), cell(mean - grpo, "+") if name != "plain GRPO" else "-"
-        lines.append(f"| {name} | {cell(rows['test_random'])} | {cell(rows['test_longtail'])} | {over} | {difference} |")
+        over = np.array([np.mean(r) for r in rows["reward"]])
+        difference = cell(over - of_first, "+") if len(over) and name != first else "-"
+        lines.append("| " + " | ".join([name, *(cell(rows[c]) for c in columns), cell(over), difference]) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -92,8 +109,10 @@ def draw(results, path):
     import matplotlib.pyplot as plt
 
     figure, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    for name in RULES:
-        rewards = np.array(results[name]["reward"])
+    for name, rows in results.items():
+        if not rows["reward"]:
+            continue
+        rewards = np.array(rows["reward"])
         window = max(1, rewards.shape[1] // 15)
         smooth = np.array([np.convolve(row, np.ones(window) / window, "valid") for row in rewards])
         steps = np.arange(smooth.shape[1]) + window
@@ -109,16 +128,18 @@ def main():
     """Run what is missing, then print and write the table and the picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--sweep", choices=SWEEPS, default="rules")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--jobs", type=int, default=2, help="seeds trained at a time; they share the cores")
     args, flags = parser.parse_known_args()
-    threads = max(1, (os.cpu_count() or 1) // args.jobs)
+    threads, settings = max(1, (os.cpu_count() or 1) // args.jobs), SWEEPS[args.sweep]
     with ThreadPoolExecutor(args.jobs) as pool:
-        list(pool.map(lambda seed: one_seed(args.out, seed, threads, flags), args.seeds))
-    results = read(args.out, args.seeds)
-    (args.out / "table.md").write_text(table(results))
-    draw(results, args.out / "curves.png")
-    print(table(results))
+        list(pool.map(lambda seed: one_seed(args.out, settings, seed, threads, flags), args.seeds))
+    results = read(args.out, settings, args.seeds)
+    lines = table(results, next(iter(settings)))
+    (args.out / f"{args.sweep}.md").write_text(lines)
+    draw(results, args.out / f"{args.sweep}.png")
+    print(lines)
 
 
 if __name__ == "__main__":
