@@ -476,7 +476,8 @@ def metrics(task, records, predictions):
 def load_model(source, device=None, dtype=torch.float32, seed=0):
     """Load (model, tokenizer) of a decoder-only model from a folder or a hub name: safetensors only, no remote code.
 
-    A folder that holds a config and a tokenizer but no weights gives a fresh model, initialised from `seed`.
+    A folder that holds a config and a tokenizer but no weights gives a fresh model, initialised from `seed`. device "meta"
+    gives the architecture alone: nothing is read or initialised, whatever weights there are.
     Raises TaskError for a folder without config or tokenizer, or with pickled weights.
     """
     folder = Path(source)
@@ -489,7 +490,11 @@ def load_model(source, device=None, dtype=torch.float32, seed=0):
         raise TaskError(f"{source}: not a model folder; name one, or a hub model")
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-        if not folder.is_dir() or list(folder.glob("*.safetensors")):
+        if device == "meta":
+            with torch.device("meta"):
+                config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+                model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+        elif not folder.is_dir() or list(folder.glob("*.safetensors")):
             model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True, trust_remote_code=False)
         elif list(folder.glob("*.bin")) + list(folder.glob("*.pt")):
             raise TaskError(f"{source}: only pickled weights, which are not loaded; convert them to safetensors")

@@ -2,6 +2,7 @@
 
     torchrun train.py                                                    # the embedded task, a few minutes on 2 CPU cores
     torchrun train.py --task FOLDER --model Qwen/Qwen3-0.6B              # your criteria, your pairs, your model
+    torchrun --nproc-per-node 8 train.py --save_every 20                 # eight GPUs; the same command again goes on
     python train.py --help                                               # every setting, with its default
 
 1. Fine-tune on demonstrations (TASK/sft.jsonl), so that the model reasons in the criteria's format. Skipped if there are none.
@@ -12,11 +13,15 @@
 OUT gets config.json, metrics.jsonl, timing.jsonl, samples.jsonl, curves.png, summary.json, and the Hugging Face folders sft/
 and model/. Settings come from the command line, then TASK/train.json, then the defaults below (which fit real models).
 
+Several processes compute what one would (parallel.py). All randomness is drawn from (seed, step, row), so there is no state of
+random generators to save, and a resumed run writes the metrics.jsonl of one that was never stopped.
+
 Left out on purpose: reward models, critics, LoRA, trainer classes.
 Shapes: P prompts, G answers a prompt, N = P * G answers, T token positions, A answer tokens, K steps, D model width.
 """
 
-import copy
+import contextlib
+import hashlib
 import json
 import math
 import os
@@ -25,18 +30,19 @@ import signal
 import sys
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from transformers import GenerationConfig
 from transformers.utils import logging as hf_logging
 
 import grm
+import parallel
 import rollout
 import sam
 from grm import setting
@@ -55,6 +61,12 @@ class Config:
     cache_tokens: int = setting(131072, "token budget of the key-value cache when sampling")
     eval_every: int = setting(50, "evaluate on the test sets every so many RL steps (0: only before and after)")
     save_every: int = setting(0, "save a checkpoint every so many steps (0: after SFT, and when stopped)")
+    keep: int = setting(2, "checkpoints to keep, the newest")
+    resume: str = setting("auto", "auto: from the newest checkpoint in OUT; off: never; or a checkpoint's folder")
+    max_bad_steps: int = setting(3, "stop after so many steps in a row with a loss or gradient that is not finite")
+    timeout: int = setting(1800, "seconds that a rank waits for another before the job ends")
+    shard_size: int = setting(0, "ranks that share one copy of the weights (0: all); groups of them hold copies")
+    activation_checkpointing: bool = setting(False, "keep the inputs of layers only and compute the rest again: less memory")
     # SFT
     sft_steps: int = setting(400, "steps of supervised fine-tuning on TASK/sft.jsonl (0: none)")
     sft_batch: int = setting(64, "demonstrations a step")
@@ -89,7 +101,8 @@ def parse_config(argv=None):
     at_least |= dict.fromkeys(
         ("seed", "sft_steps", "rl_steps", "eval_every", "save_every", "kl_coef", "sft_coef", "weight_decay"), 0
     )
-    at_least |= {"group_size": 2, "updates_per_batch": 1, "advantage_clamp": 0, "clip_low": 0, "clip_high": 0}
+    at_least |= dict.fromkeys(("keep", "max_bad_steps", "timeout", "updates_per_batch"), 1) | {"shard_size": 0}
+    at_least |= {"group_size": 2, "advantage_clamp": 0, "clip_low": 0, "clip_high": 0}
     for name, least in at_least.items():
         if not getattr(config, name) >= least:
             raise grm.TaskError(f"--{name} {getattr(config, name)}: must be at least {least}")
@@ -98,8 +111,12 @@ def parse_config(argv=None):
             raise grm.TaskError(f"--{name} {getattr(config, name)}: must be positive and finite")
     if not config.sft_steps and not config.rl_steps:
         raise grm.TaskError("--sft_steps and --rl_steps are both 0: nothing to do; grm.py score evaluates a model")
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise grm.TaskError("several processes are not supported yet; run `python train.py` or torchrun with one process")
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    if config.shard_size and ranks % config.shard_size:
+        raise grm.TaskError(f"--shard_size {config.shard_size}: does not divide the {ranks} ranks")
+    for name in ("prompts_per_step", "sft_batch"):
+        if getattr(config, name) < ranks:
+            raise grm.TaskError(f"--{name} {getattr(config, name)}: is less than one for each of the {ranks} ranks")
     return config
 
 
@@ -209,17 +226,26 @@ def learning_rate(peak, step, steps):
 # The run --------------------------------------------------------------------------------------------------------------
 
 
+# What may change when a run is taken up again, since results do not depend on it beyond rounding.
+FREE = {"max_tokens", "cache_tokens", "save_every", "keep", "resume", "max_bad_steps", "timeout", "shard_size",
+        "activation_checkpointing"}  # fmt: skip
+
+
 class Run:
     """A run's models, optimizer, logs and place in the story; `save` and `resume` carry all of it."""
 
-    def __init__(self, config):
-        self.config, self.out = config, Path(config.out)
+    def __init__(self, config, ranks):
+        self.config, self.ranks, self.out = config, ranks, Path(config.out)
         self.stage, self.step, self.stop, self.summary = "sft", 0, False, {}
+        self.skipped, self.bad_steps = 0, 0  # steps without an update: in all, and the last ones in a row
         self.task = grm.Task.load(config.task)
-        resuming = self.check_out()
-        source = self.out / "checkpoint" if resuming else config.model
-        self.model, self.tokenizer = grm.load_model(source, seed=config.seed)
-        rollout.use_tree_attention(self.model)
+        self.checkpoint = self.find_checkpoint()
+        self.half = ranks.device.type == "cuda"  # bf16 compute and sampling over float32 master weights
+        self.model, self.policy, self.tokenizer = self.load(config.model)
+        self.sampler, self.reference = self.model, None
+        if self.half or ranks.world > 1:  # else the policy itself samples
+            skeleton = rollout.use_tree_attention(grm.load_model(config.model, "meta")[0])
+            self.sampler = parallel.whole_copy(skeleton, self.model, self.half)
         # 16: room to force the box's opening behind an answer that did not end
         room = self.model.config.max_position_embeddings - config.max_new_tokens - 16
         if room < 1:
@@ -227,43 +253,64 @@ class Run:
         self.tokens = grm.TokenTask(self.task, self.tokenizer, room)
         self.data = load_data(config, self.task, self.tokens)
         self.curriculum = Curriculum(self.data.get("train", []), config) if config.rl_steps else None
-        self.half = self.model.device.type == "cuda"  # bf16 compute and sampling over float32 master weights
-        self.sampler = copy.deepcopy(self.model).to(torch.bfloat16) if self.half else self.model
-        self.reference = None
-        try:
-            self.out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise grm.TaskError(f"--out {self.out}: {error.strerror}") from None
         self.new_optimizer()
-        if resuming:
+        try:
+            ranks.first(lambda: self.out.mkdir(parents=True, exist_ok=True))
+        except OSError as error:
+            raise grm.TaskError(f"--out {error}") from None
+        if self.checkpoint:
             self.resume()
-        else:
+        elif ranks.rank == 0:
             for name in ("metrics", "timing", "samples"):
                 (self.out / f"{name}.jsonl").write_text("")
+        if ranks.rank == 0:
             (self.out / "config.json").write_text(json.dumps(asdict(config), indent=1) + "\n")
-        try:
+        self.board = None
+        with contextlib.suppress(ImportError):
             from torch.utils.tensorboard import SummaryWriter
 
-            self.board = SummaryWriter(self.out / "tensorboard")
-        except ImportError:
-            self.board = None
+            self.board = SummaryWriter(self.out / "tensorboard") if ranks.rank == 0 else None
 
-    def check_out(self):
-        """Whether OUT holds this very run, unfinished; TaskError if it holds another one or a finished one."""
-        path = self.out / "config.json"
+    def find_checkpoint(self):
+        """The checkpoint to go on from, or None for a fresh start. TaskError if OUT holds another run or a finished one."""
+        path, resume = self.out / "config.json", self.config.resume
         if self.out.exists() and not self.out.is_dir():
             raise grm.TaskError(f"--out {self.out}: not a folder")
-        if not path.exists():
-            if self.out.exists() and any(self.out.iterdir()):
-                raise grm.TaskError(f"--out {self.out}: holds other files; choose an empty or new folder")
-            return False
-        former, mine = json.loads(path.read_text(encoding="utf-8")), asdict(self.config)
-        if differing := [name for name in mine if former.get(name) != mine[name]]:
-            names = ", ".join(f"--{name} {former.get(name)}" for name in differing)
-            raise grm.TaskError(f"--out {self.out}: holds another run ({names}); choose another folder, or delete it")
-        if (self.out / "summary.json").exists():
-            raise grm.TaskError(f"--out {self.out}: holds this run, finished; choose another folder, or delete it")
-        return (self.out / "checkpoint" / "state.json").exists()
+        if not path.exists() and self.out.exists() and any(self.out.iterdir()):
+            raise grm.TaskError(f"--out {self.out}: holds other files; choose an empty or new folder")
+        if path.exists():
+            former, mine = json.loads(path.read_text(encoding="utf-8")), asdict(self.config)
+            if differing := [name for name in mine if name not in FREE and former.get(name) != mine[name]]:
+                names = ", ".join(f"--{name} {former.get(name)}" for name in differing)
+                raise grm.TaskError(f"--out {self.out}: holds another run ({names}); choose another folder, or delete it")
+            if (self.out / "summary.json").exists():
+                raise grm.TaskError(f"--out {self.out}: holds this run, finished; choose another folder, or delete it")
+            if resume == "off":
+                raise grm.TaskError(f"--resume off: --out {self.out} holds a run; choose another folder, or delete it")
+        if resume not in ("auto", "off"):
+            if not (Path(resume) / "state.json").is_file():
+                raise grm.TaskError(f"--resume {resume}: not a checkpoint (they are in OUT/checkpoints); auto takes the newest")
+            return Path(resume)
+        return max(self.checkpoints(), default=None)
+
+    def checkpoints(self):
+        """The folders of OUT/checkpoints that are complete, the oldest first: they are named by the steps done."""
+        return sorted(path.parent for path in (self.out / "checkpoints").glob("[0-9]*/state.json"))
+
+    def load(self, source):
+        """(model, how to call it, tokenizer) from a folder or hub name: under tree attention, sharded over several ranks."""
+        seed, ranks = self.config.seed, self.ranks
+        if ranks.world == 1:
+            model, tokenizer = grm.load_model(source, seed=seed)
+        else:  # rank 0 alone reads the weights
+            weights, tokenizer = grm.load_model(source, "meta" if ranks.rank else "cpu", seed=seed)
+            model = grm.load_model(source, "meta")[0]
+        rollout.use_tree_attention(model)
+        if self.config.activation_checkpointing:
+            checkpoint_layers(model)
+        if ranks.world == 1:
+            return model, lambda work: work(), tokenizer
+        return model, ranks.shard(model, None if ranks.rank else weights, self.half), tokenizer
 
     def new_optimizer(self):
         """AdamW over float32 master weights; each stage starts with a fresh one."""
@@ -272,29 +319,67 @@ class Run:
         )
 
     def backward(self, loss_of, slices):
-        """Accumulate gradients over micro-batches; returns the summed loss."""
+        """Accumulate gradients over micro-batches; returns the loss, summed over them and all ranks."""
         self.optimizer.zero_grad()
-        total = 0.0
-        for part in slices:
-            with torch.autocast("cuda", torch.bfloat16, enabled=self.half):
-                loss = loss_of(part)
+        total, eos = 0.0, self.tokens.eos_id
+        nothing = lambda: 0 * self.answer_logprobs(self.model, [[eos]], [[[eos]]])[0].sum()
+        for part in self.passes(slices):
+            with self.autocast():
+                loss = self.policy(partial(loss_of, part) if part else nothing)
             loss.backward()
             total += float(loss.detach())
-        return total
+        return self.ranks.sum([total])[0]
 
-    def update(self, lr):
-        """Clip, take the optimizer step, refresh the sampler's copy; returns the gradient norm before clipping."""
+    def passes(self, slices):
+        """This rank's micro-batches, and None until it has as many as the rank with most: FSDP's gathers need all ranks."""
+        return [*slices, *[None] * (self.ranks.max(len(slices)) - len(slices))]
+
+    def autocast(self):
+        """bf16 compute of a single process on CUDA; FSDP has its own."""
+        return torch.autocast("cuda", torch.bfloat16, enabled=self.half and self.ranks.world == 1)
+
+    @torch.no_grad()
+    def reference_logprobs(self, prompts, answers, width):
+        """Log-probabilities [N, width] of the answers under the model at the start of RL."""
+        config, (model, call), G = self.config, self.reference, self.config.group_size
+        out_NT, eos = torch.zeros(len(prompts) * G, width, device=model.device), self.tokens.eos_id
+        for part in self.passes(rollout.micro_batches(prompts, answers, config.max_tokens)):
+            texts = (prompts[part], answers[part]) if part else ([[eos]], [[[eos]]])
+            with self.autocast():
+                logprobs_A, _, tree = call(lambda texts=texts: self.answer_logprobs(model, *texts, config.temperature))
+            if part:
+                rows_NT = tree.to_rows(logprobs_A)
+                out_NT[part.start * G : part.stop * G, : rows_NT.shape[1]] = rows_NT
+        return out_NT
+
+    def update(self, loss, lr):
+        """Clip, take the optimizer step, refresh the sampler's copy; returns the gradient norm before clipping.
+
+        A step whose loss or gradient is not finite is skipped on all ranks (both are global, so all see the same);
+        grm.TaskError after max_bad_steps in a row.
+        """
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
-        if not torch.isfinite(norm):
-            raise RuntimeError(f"{self.stage} step {self.step + 1}: the gradient norm is {norm}; lower the learning rate")
+        norm = float(norm.full_tensor() if parallel.is_sharded(norm) else norm)
+        if not math.isfinite(loss + norm):
+            self.skipped, self.bad_steps = self.skipped + 1, self.bad_steps + 1
+            if self.bad_steps >= self.config.max_bad_steps:
+                raise grm.TaskError(
+                    f"{self.stage} step {self.step + 1}: loss {loss}, gradient norm {norm}, {self.bad_steps} times in a row; "
+                    f"lower the learning rate. {self.last_checkpoint()}"
+                )
+            return norm
+        self.bad_steps = 0
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
-        if self.half:
-            with torch.no_grad():
-                for ours, theirs in zip(self.sampler.parameters(), self.model.parameters(), strict=True):
-                    ours.copy_(theirs)
-        return float(norm)
+        if self.sampler is not self.model:
+            parallel.copy_weights(self.sampler, self.model)
+        return norm
+
+    def last_checkpoint(self):
+        """A sentence for those whose run ends here."""
+        saved = max(self.checkpoints(), default=None)
+        return f"The last checkpoint is {saved}" if saved else "No checkpoint was saved yet"
 
     def answer_logprobs(self, model, prompts, answers, temperature=1.0):
         """Log-probabilities and entropies [A] of the answers' tokens, and their packed Tree."""
@@ -303,70 +388,138 @@ class Run:
         return (*rollout.token_logprobs(hidden_AD, model.get_output_embeddings(), tree.targets_A, temperature), tree)
 
     def log(self, name, record):
-        """Append a record to OUT/name.jsonl; figures of metrics.jsonl go to TensorBoard too."""
+        """Append a record to OUT/name.jsonl; figures of metrics.jsonl go to TensorBoard too. Not-finite numbers become null."""
+        if self.ranks.rank:
+            return
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         with open(self.out / f"{name}.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            file.write(json.dumps(finite, ensure_ascii=False) + "\n")
         if self.board and name == "metrics":
             for key, value in record.items():
                 if isinstance(value, float):
                     self.board.add_scalar(f"{record['stage']}/{key}", value, record["step"])
 
+    def tensors(self):
+        """Weights and AdamW's moments by name: what a checkpoint holds in safetensors. Missing moments are made."""
+        out = {}
+        for name, p in self.model.named_parameters():
+            state = self.optimizer.state[p]
+            if "exp_avg" not in state:
+                state |= {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+            out |= {f"model.{name}": p.detach(), f"exp_avg.{name}": state["exp_avg"], f"exp_avg_sq.{name}": state["exp_avg_sq"]}
+        return out
+
+    def fingerprint(self):
+        """Of the task's criteria and training data and of the model's tokens: a checkpoint of others is refused."""
+        digest = hashlib.sha256(self.tokenizer.backend_tokenizer.to_str().encode())
+        for name in ("criteria.md", "sft.jsonl", "train.jsonl"):
+            if (Path(self.config.task) / name).is_file():
+                digest.update((Path(self.config.task) / name).read_bytes())
+        return digest.hexdigest()
+
     def save(self):
-        """Write OUT/checkpoint whole or not at all: model, optimizer (safetensors) and the rest (JSON)."""
-        path = self.out / "checkpoint"
-        temporary, old = self.out / "checkpoint.tmp", self.out / "checkpoint.old"
-        shutil.rmtree(temporary, ignore_errors=True)
-        self.model.save_pretrained(temporary)
-        self.tokenizer.save_pretrained(temporary)
-        names = {id(p): name for name, p in self.model.named_parameters()}
-        moments = {
-            f"{names[id(p)]}.{key}": value.contiguous().cpu()
-            for p, state in self.optimizer.state.items()
-            for key, value in state.items()
-        }
-        save_file(moments, temporary / "optimizer.safetensors")
-        sizes = {name: (self.out / f"{name}.jsonl").stat().st_size for name in ("metrics", "timing", "samples")}
-        state = {"stage": self.stage, "step": self.step, "summary": self.summary, "log_sizes": sizes}
+        """Write a checkpoint, whole or not at all: beside its place, and renamed when it is complete."""
+        folder = self.out / "checkpoints"
+        done = self.step + (self.config.sft_steps if self.stage != "sft" else 0)
+        unfinished, path = folder / "unfinished", folder / f"{done:06d}"
+        try:
+            self.ranks.first(lambda: (shutil.rmtree(unfinished, ignore_errors=True), unfinished.mkdir(parents=True)))
+            parallel.save_tensors(unfinished, self.tensors())
+            self.ranks.first(lambda: self.complete(unfinished, path))
+        except OSError as error:
+            self.ranks.first(lambda: shutil.rmtree(unfinished, ignore_errors=True))
+            raise grm.TaskError(f"{error}. {self.last_checkpoint()}") from error
+
+    def complete(self, unfinished, path):
+        """The rest of a checkpoint (on rank 0): its state as JSON, its name; older ones go."""
+        sizes = {}
+        for name in ("metrics", "timing", "samples"):
+            with open(self.out / f"{name}.jsonl", "a") as file:
+                os.fsync(file)
+                sizes[name] = file.tell()
+        updates = max((float(state["step"]) for state in self.optimizer.state.values()), default=0.0)
+        state = {"stage": self.stage, "step": self.step, "summary": self.summary, "log_sizes": sizes, "updates": updates}
+        state |= {"skipped": self.skipped, "bad_steps": self.bad_steps, "fingerprint": self.fingerprint()}
         if self.curriculum:
             state["pass_rates"] = {"right": self.curriculum.right.tolist(), "seen": self.curriculum.seen.tolist()}
-        (temporary / "state.json").write_text(json.dumps(state) + "\n")
-        if path.exists():
-            os.replace(path, old)
-        os.replace(temporary, path)
-        shutil.rmtree(old, ignore_errors=True)
+        with open(unfinished / "state.json", "w", encoding="utf-8") as file:
+            file.write(json.dumps(state) + "\n")
+            file.flush()
+            os.fsync(file)
+        shutil.rmtree(path, ignore_errors=True)
+        os.replace(unfinished, path)
+        for old in self.checkpoints()[: -self.config.keep]:
+            self.discard(old)
+
+    def discard(self, path):
+        """Remove a checkpoint; renamed first, so that none is ever there in part."""
+        os.replace(path, path.parent / "unfinished")
+        shutil.rmtree(path.parent / "unfinished")
 
     def resume(self):
-        """Take up optimizer, stage, step and logs from OUT/checkpoint (the model was loaded from there)."""
-        path = self.out / "checkpoint"
-        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        self.stage, self.step, self.summary = state["stage"], state["step"], state["summary"]
+        """Take up weights, optimizer, stage, step and logs from self.checkpoint, which any number of ranks may have written."""
+        path = self.checkpoint
+        try:
+            state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+            fingerprint = state["fingerprint"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise grm.TaskError(f"{path}: state.json is not a checkpoint's ({error})") from None
+        if fingerprint != self.fingerprint():
+            raise grm.TaskError(f"{path}: a checkpoint of another task or tokenizer; choose another --out or --resume off")
+        try:
+            parallel.load_tensors(path, self.tensors())
+        except parallel.CheckpointError as error:
+            hint = "is it of another model? If it is damaged, name an older one: --resume DIR"
+            raise grm.TaskError(f"{error}; {hint}") from error
+        for moments in self.optimizer.state.values():
+            moments["step"].fill_(state["updates"])
+        if self.sampler is not self.model:
+            parallel.copy_weights(self.sampler, self.model)
+        for name in ("stage", "step", "summary", "skipped", "bad_steps"):
+            setattr(self, name, state[name])
         for name, values in state.get("pass_rates", {}).items():
             setattr(self.curriculum, name, np.array(values))
-        moments = load_file(path / "optimizer.safetensors")
-        for name, p in self.model.named_parameters():
-            found = {key: moments.get(f"{name}.{key}") for key in ("step", "exp_avg", "exp_avg_sq")}
-            if found["step"] is not None:
-                self.optimizer.state[p] = {k: v if k == "step" else v.to(p.device) for k, v in found.items()}
-        for name, size in state["log_sizes"].items():
-            os.truncate(self.out / f"{name}.jsonl", size)  # steps after the checkpoint are done again
-        tqdm.write(f"resumed {self.out} at {self.stage} step {self.step}")
+        self.ranks.first(lambda: self.go_back(state["log_sizes"]))
+        self.say(f"resumed {path} at {self.stage} step {self.step}")
+
+    def go_back(self, sizes):
+        """Forget, in OUT, what came after the checkpoint (on rank 0): it is done again."""
+        for name, size in sizes.items():
+            with open(self.out / f"{name}.jsonl", "a") as file:
+                file.truncate(min(size, file.tell()))
+        for path in self.checkpoints():
+            if path.name > self.checkpoint.name:
+                self.discard(path)
+
+    def say(self, text):
+        """A line for the terminal, once for all ranks."""
+        if not self.ranks.rank:
+            tqdm.write(text)
 
     def export(self, name):
         """Write OUT/name as a Hugging Face folder that from_pretrained and serving engines load: bf16 on CUDA, else float32."""
-        model = self.sampler
-        model.generation_config = GenerationConfig(
+
+        def write():
+            temporary = self.out / f"{name}.unfinished"
+            self.sampler.save_pretrained(temporary)
+            self.tokenizer.save_pretrained(temporary)
+            shutil.rmtree(self.out / name, ignore_errors=True)
+            os.replace(temporary, self.out / name)
+
+        self.sampler.generation_config = GenerationConfig(
             eos_token_id=self.tokens.eos_id, pad_token_id=self.tokenizer.pad_token_id, do_sample=False
         )
-        model.save_pretrained(self.out / name)
-        self.tokenizer.save_pretrained(self.out / name)
+        self.ranks.first(write)
 
     def evaluate(self):
-        """Metrics of greedy answers, {test set: metrics}, on every test set of the task."""
-        engine = rollout.TreeEngine(
-            self.sampler, self.tokens.eos_id, self.config.max_new_tokens, self.config.max_tokens, self.config.cache_tokens
-        )
-        tests, start = [name for name in self.data if name.startswith("test")], time.perf_counter()
-        out = {name: grm.metrics(self.task, self.data[name], grm.judge(self.tokens, engine, self.data[name])) for name in tests}
+        """Metrics of greedy answers, {test set: metrics}, on every test set of the task; each rank judges its share."""
+        budgets = (self.config.max_new_tokens, self.config.max_tokens, self.config.cache_tokens)
+        engine, out, start = rollout.TreeEngine(self.sampler, self.tokens.eos_id, *budgets), {}, time.perf_counter()
+        for name in (name for name in self.data if name.startswith("test")):
+            records = self.data[name]
+            mine = records[self.ranks.share(len(records))]
+            judged = self.ranks.gather_json(grm.judge(self.tokens, engine, mine) if mine else [])
+            out[name] = grm.metrics(self.task, records, [prediction for part in judged for prediction in part])
         self.log("timing", {"stage": self.stage, "step": self.step, "evaluation_s": time.perf_counter() - start})
         return out
 
@@ -378,19 +531,29 @@ class Run:
 
     def steps(self, count, describe):
         """Yield the steps of a stage with a progress bar; saves every save_every steps, and when asked to stop."""
-        bar = tqdm(total=count, initial=self.step, desc=self.stage, unit="step", disable=None, dynamic_ncols=True)
+        quiet = True if self.ranks.rank else None
+        bar = tqdm(total=count, initial=self.step, desc=self.stage, unit="step", disable=quiet, dynamic_ncols=True)
         while self.step < count:
             yield self.step
             self.step += 1
             bar.set_postfix_str(describe())
             bar.update()
-            if self.stop or (self.config.save_every and self.step % self.config.save_every == 0):
+            stop = self.ranks.max(self.stop)  # any rank may have been asked
+            if stop or (self.config.save_every and self.step % self.config.save_every == 0):
                 self.save()
-            if self.stop:
+            if stop:
                 bar.close()
-                command = f"python train.py {' '.join(sys.argv[1:])}"
-                sys.exit(f"stopped after {self.stage} step {self.step}; saved. The same command goes on: {command}")
+                self.say(f"stopped after {self.stage} step {self.step}; saved. The same command goes on from there")
+                self.ranks.close()
+                sys.exit(0)
         bar.close()
+
+
+def checkpoint_layers(model):
+    """Keep only the inputs of the decoder layers for the backward pass, and compute the rest of them again."""
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    for layer in model.base_model.layers:
+        layer.training = True  # of the layer alone: transformers checkpoints in train mode, while dropout stays off
 
 
 def sft(run):
@@ -399,8 +562,8 @@ def sft(run):
     for step in run.steps(config.sft_steps, lambda: f"loss {last['loss']:.3f}, {last['tok_s']:.0f} tok/s"):
         start = time.perf_counter()
         batch = batch_at(run.data["sft"], config.sft_batch, step, config.seed, 0)
-        prompts, answers = [r["prompt_ids"] for r in batch], [[r["answer_ids"]] for r in batch]
-        count = sum(len(r["answer_ids"]) for r in batch)
+        count, mine = sum(len(r["answer_ids"]) for r in batch), batch[run.ranks.share(len(batch))]
+        prompts, answers = [r["prompt_ids"] for r in mine], [[r["answer_ids"]] for r in mine]
 
         def loss_of(part, prompts=prompts, answers=answers, count=count):
             logprobs_A, _, _ = run.answer_logprobs(run.model, prompts[part], answers[part])
@@ -408,14 +571,16 @@ def sft(run):
 
         loss = run.backward(loss_of, rollout.micro_batches(prompts, answers, config.max_tokens))
         lr = learning_rate(config.sft_lr, step, config.sft_steps)
-        norm, seconds = run.update(lr), time.perf_counter() - start
+        norm, seconds = run.update(loss, lr), time.perf_counter() - start
         last.update(loss=loss, tok_s=count / seconds)
-        run.log("metrics", {"stage": "sft", "step": step + 1, "loss": loss, "grad_norm": norm, "lr": lr})
+        record = {"stage": "sft", "step": step + 1, "loss": loss, "grad_norm": norm, "lr": lr, "skipped": run.skipped}
+        run.log("metrics", record)
         run.log("timing", {"stage": "sft", "step": step + 1, "update_s": seconds, "tok_s": count / seconds})
 
 
 def assign_credit(run, batch, sampled):
-    """Parse and reward the answers, and give each token its credit: (credit_NT, advantages_N, rewards_PG, traces)."""
+    """Parse and reward the answers to this rank's prompts, and give each token its credit: (credit_NT, advantages_N,
+    rewards_PG, traces)."""
     config, K = run.config, len(run.task.boxes)
     traces = [[run.tokens.parse(answer) for answer in group] for group in sampled.answers()]
     rewards_PG = torch.tensor(
@@ -439,29 +604,25 @@ def rl_update(run, prompts, sampled, credit_NT, lr, demonstrations=()):
     arXiv 2602.10006) in the same forward passes; returns the figures to log."""
     config, G, P, head = run.config, run.config.group_size, len(prompts), run.model.get_output_embeddings()
     rl_answers, sampler_NT, width = sampled.answers(), sampled.logprobs_NT, credit_NT.shape[1]
+    reference_NT = run.reference_logprobs(prompts, rl_answers, width) if run.reference else None
     prompts = prompts + [r["prompt_ids"] for r in demonstrations]
     answers = rl_answers + [[r["answer_ids"]] for r in demonstrations]
     slices = rollout.micro_batches(prompts, answers, config.max_tokens)
-    denominator, sft_tokens = int(sampled.lengths_N.sum()), sum(len(r["answer_ids"]) for r in demonstrations)
-    old, stats, sums = {}, [], Counter()
+    own = [int(sampled.lengths_N.sum()), sum(len(r["answer_ids"]) for r in demonstrations)]
+    (denominator, sft_tokens), old, sums = run.ranks.sum(own), {}, Counter()
 
-    def rl_loss(part, hidden_AD, tree):  # of the answers of prompts[part], the first ones in the tree
-        rows, lengths_N = slice(part.start * G, part.stop * G), tree.lengths_N[: (part.stop - part.start) * G]
+    def rl_loss(mine, hidden_AD, tree):  # of the answers of prompts[mine], the first ones in the tree
+        rows, lengths_N = slice(mine.start * G, mine.stop * G), tree.lengths_N[: (mine.stop - mine.start) * G]
         logprobs_A, entropy_A = rollout.token_logprobs(hidden_AD, head, tree.targets_A[: len(hidden_AD)], config.temperature)
         mask_NT = torch.arange(width, device=lengths_N.device) < lengths_N[:, None]
         logprobs_NT = torch.zeros(mask_NT.shape, device=mask_NT.device).masked_scatter(mask_NT, logprobs_A)
-        old.setdefault(part.start, logprobs_NT.detach())  # of the first update: the policy at the start of the step
-        reference_NT = None
-        if run.reference is not None:
-            with torch.no_grad():
-                reference_A, _, _ = run.answer_logprobs(run.reference, prompts[part], answers[part], config.temperature)
-                reference_NT = torch.zeros_like(logprobs_NT).masked_scatter(mask_NT, reference_A)
+        old.setdefault(mine.start, logprobs_NT.detach())  # of the first update: the policy at the start of the step
         loss, stat = sam.policy_loss(
-            logprobs_NT, credit_NT[rows], mask_NT, denominator, old[part.start], sampler_NT[rows, :width], reference_NT,
+            logprobs_NT, credit_NT[rows], mask_NT, denominator, old[mine.start], sampler_NT[rows, :width],
+            None if reference_NT is None else reference_NT[rows],
             config.clip_low, config.clip_high, config.is_cap, config.kl_coef,
         )  # fmt: skip
-        stats.append(stat)
-        sums["entropy"] += float(entropy_A.sum())
+        sums.update(asdict(stat) | {"entropy": float(entropy_A.sum())})
         return loss
 
     def loss_of(part):
@@ -472,18 +633,19 @@ def rl_update(run, prompts, sampled, credit_NT, lr, demonstrations=()):
         loss = rl_loss(mine, hidden_AD[:count], tree) if count else 0.0
         if part.stop > P:  # demonstrations: always at temperature 1
             logprobs_A, _ = rollout.token_logprobs(hidden_AD[count:], head, tree.targets_A[count:])
-            sums["sft_loss"] -= float(logprobs_A.sum()) / sft_tokens
+            sums["sft_loss"] -= float(logprobs_A.detach().sum()) / sft_tokens
             loss = loss - config.sft_coef * logprobs_A.sum() / sft_tokens
         return loss
 
     for _ in range(config.updates_per_batch):
         loss = run.backward(loss_of, slices)
-        norm = run.update(lr)
-    tokens = sum(stat.tokens for stat in stats)
-    means = {name: sum(getattr(stat, name) for stat in stats) / tokens for name in asdict(stats[0]) if name != "tokens"}
-    if demonstrations:
-        means["sft_loss"] = sums["sft_loss"] / config.updates_per_batch
-    return {"loss": loss, "grad_norm": norm, "lr": lr, "entropy": sums["entropy"] / tokens, **means}
+        norm = run.update(loss, lr)
+    names = ["entropy", *(field.name for field in fields(sam.LossStats)), "sft_loss"]
+    totals = dict(zip(names, run.ranks.sum([sums[name] for name in names]), strict=True))
+    tokens, sft_loss = totals.pop("tokens"), totals.pop("sft_loss") / config.updates_per_batch
+    record = {"loss": loss, "grad_norm": norm, "lr": lr, "skipped": run.skipped}
+    record |= {name: total / tokens for name, total in totals.items()}
+    return record | ({"sft_loss": sft_loss} if demonstrations else {})
 
 
 def rl(run):
@@ -492,26 +654,25 @@ def rl(run):
     last = {"accuracy": np.mean([m["accuracy"] for m in before.values()])}
     if config.kl_coef:
         start = run.out / "sft" if (run.out / "sft").exists() else config.model
-        run.reference = rollout.use_tree_attention(grm.load_model(start, seed=config.seed)[0])
+        run.reference = run.load(start)[:2]
     describe = lambda: f"reward {last['reward']:.2f}, accuracy {last['accuracy']:.3f}, {last['tok_s']:.0f} tok/s"
     for step in run.steps(config.rl_steps, describe):
         started = time.perf_counter()
         indices = run.curriculum.batch(step)
-        batch = [run.data["train"][i] for i in indices]
+        mine = run.ranks.share(len(indices))
+        batch = [run.data["train"][i] for i in indices[mine]]
         demonstrations = batch_at(run.data["sft"], config.sft_batch, step, config.seed, 2) if config.sft_coef else []
+        demonstrations = demonstrations[run.ranks.share(len(demonstrations))]
         prompts = [r["prompt_ids"] for r in batch]
         sampled = rollout.sample(
             run.sampler, prompts, group_size=config.group_size, max_new_tokens=config.max_new_tokens,
             eos_id=run.tokens.eos_id, temperature=config.temperature, seed=config.seed, step=step,
-            cache_tokens=config.cache_tokens,
+            first_row=mine.start * config.group_size, cache_tokens=config.cache_tokens,
         )  # fmt: skip
         sampled_at = time.perf_counter()
         credit_NT, advantages_N, rewards_PG, traces = assign_credit(run, batch, sampled)
-        record = {"stage": "rl", "step": step + 1}
-        record |= sam.rollout_stats(rewards_PG, advantages_N, credit_NT, sampled.lengths_N, sampled.ended_N)
-        problems = Counter(trace.problem for group in traces for trace in group)
-        record["malformed"] = 1 - problems[None] / advantages_N.numel()
-        run.curriculum.update(indices, rewards_PG)
+        record, all_rewards_PG, tokens = rollout_record(run, step, sampled, credit_NT, advantages_N, rewards_PG, traces)
+        run.curriculum.update(indices, all_rewards_PG)
         lr = learning_rate(config.lr, step, config.rl_steps)
         record |= rl_update(run, prompts, sampled, credit_NT, lr, demonstrations)
         updated_at = time.perf_counter()
@@ -522,16 +683,27 @@ def rl(run):
         run.log("metrics", record)
         if step % 10 == 0:
             log_samples(run, step + 1, batch, sampled, traces, rewards_PG, credit_NT)
-        tokens = int(sampled.lengths_N.sum())
         times = {"sampling_s": sampled_at - started, "update_s": updated_at - sampled_at}
         times |= {"sampling_tok_s": tokens / times["sampling_s"], "update_tok_s": tokens / times["update_s"]}
         run.log("timing", {"stage": "rl", "step": step + 1, **times})
         last.update(reward=record["reward"], tok_s=tokens / (updated_at - started))
 
 
+def rollout_record(run, step, sampled, credit_NT, advantages_N, rewards_PG, traces):
+    """What to log of a step's answers, of all ranks: (record, rewards_PG of all prompts, number of tokens)."""
+    gather, width = run.ranks.gather, run.ranks.max(credit_NT.shape[1])
+    rewards_PG, lengths_N = gather(rewards_PG), gather(sampled.lengths_N)
+    credit_NT = gather(torch.nn.functional.pad(credit_NT, (0, width - credit_NT.shape[1])))
+    malformed = gather(torch.tensor([trace.problem is not None for group in traces for trace in group]))
+    record = {"stage": "rl", "step": step + 1}
+    record |= sam.rollout_stats(rewards_PG, gather(advantages_N), credit_NT, lengths_N, gather(sampled.ended_N))
+    record["malformed"] = float(malformed.float().mean())
+    return record, rewards_PG, int(lengths_N.sum())
+
+
 def log_samples(run, step, batch, sampled, traces, rewards_PG, credit_NT):
-    """Write the first and the last answer of the batch with the credit of each of their steps."""
-    for row in (0, rewards_PG.numel() - 1):
+    """Write the first and the last answer to the first prompt with the credit of each of their steps."""
+    for row in (0, rewards_PG.shape[1] - 1):
         p, g = divmod(row, rewards_PG.shape[1])
         record, trace, answer = batch[p], traces[p][g], sampled.answers()[p][g]
         ends = [s.end for s in trace.steps] or [len(answer)]
@@ -564,7 +736,7 @@ def draw_curves(out):
     figure, axes = plt.subplots(2, 2, figsize=(11, 6.5), layout="constrained")
     for axis, (title, stage, lines) in zip(axes.flat, panels, strict=True):
         for key, name in lines:
-            points = [(r["step"], r[key]) for r in records if r["stage"] == stage and key in r]
+            points = [(r["step"], r[key]) for r in records if r["stage"] == stage and r.get(key) is not None]
             if points:
                 axis.plot(*zip(*points, strict=True), label=name, marker="o" if "/" in key else None, linewidth=1.3)
         axis.set(title=title, xlabel="step", yscale="log" if stage == "sft" else "linear")
@@ -587,22 +759,9 @@ def print_table(summary):
             )
 
 
-def main():
-    """Parse, check everything, then SFT -> RL -> table."""
-    hf_logging.disable_progress_bar()
-    try:
-        config = parse_config()
-        run = Run(config)
-    except grm.TaskError as error:
-        sys.exit(f"{error}")
-
-    def on_signal(number, frame):
-        run.stop = True  # the step under way is finished and saved first
-        signal.signal(number, signal.SIG_DFL)
-        tqdm.write("stopping after this step; once more to stop at once, unsaved")
-
-    signal.signal(signal.SIGINT, on_signal)
-    signal.signal(signal.SIGTERM, on_signal)
+def story(run):
+    """SFT -> RL -> table."""
+    config = run.config
 
     # Stage 1: learn the form of the reasoning from demonstrations
     if run.stage == "sft":
@@ -611,7 +770,7 @@ def main():
             run.finish_stage("sft", "rl")
             run.export("sft")
         else:
-            tqdm.write("no SFT: reinforcing the model as it is")
+            run.say("no SFT: reinforcing the model as it is")
             run.finish_stage("start", "rl")
         run.save()
 
@@ -622,11 +781,35 @@ def main():
     run.export("model")
 
     # Stage 3: what came out
-    draw_curves(run.out)
-    (run.out / "summary.json").write_text(json.dumps(run.summary, indent=1) + "\n")
-    shutil.rmtree(run.out / "checkpoint", ignore_errors=True)
-    print_table(run.summary)
-    print(f"\n{run.out}/model: the model; curves.png: the picture; samples.jsonl: answers with the credit of each step")
+    if not run.ranks.rank:
+        draw_curves(run.out)
+        (run.out / "summary.json").write_text(json.dumps(run.summary, indent=1) + "\n")
+        shutil.rmtree(run.out / "checkpoints", ignore_errors=True)
+        print_table(run.summary)
+        print(f"\n{run.out}/model: the model; curves.png: the picture; samples.jsonl: answers with the credit of each step")
+
+
+def main():
+    """Parse, check everything, then the story; errors of the user's making end it with one line."""
+    hf_logging.disable_progress_bar()
+    try:
+        config = parse_config()
+        ranks = parallel.Ranks(config.timeout, config.shard_size)
+        run = Run(config, ranks)
+
+        def on_signal(number, frame):
+            run.stop = True  # the step under way is finished and saved first
+            signal.signal(number, signal.SIG_DFL)
+            run.say("stopping after this step; once more to stop at once, unsaved")
+
+        signal.signal(signal.SIGINT, on_signal)
+        signal.signal(signal.SIGTERM, on_signal)
+        story(run)
+        ranks.close()
+    except (grm.TaskError, OSError, ValueError) as error:
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(5)  # rank 0 speaks first: torchrun ends the others as soon as one has left
+        sys.exit(f"{error}")
 
 
 if __name__ == "__main__":
