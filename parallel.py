@@ -46,13 +46,20 @@ class Ranks:
             torch.cuda.set_device(self.device)
         if self.world > 1:
             if not dist.is_initialized():
-                # gloo beside nccl: small sums and gathers of CPU tensors do not wait for the GPU
-                dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout_s))
+                self._join("cpu:gloo,cuda:nccl" if cuda else "gloo", timedelta(seconds=timeout_s))
             if shard_size in (0, self.world):
                 self.mesh = init_device_mesh(self.device.type, (self.world,))
             else:
                 names = ("replicate", "shard")
                 self.mesh = init_device_mesh(self.device.type, (self.world // shard_size, shard_size), mesh_dim_names=names)
+
+    def _join(self, backend, timeout):
+        """Form the group of processes. gloo beside nccl: small sums and gathers of CPU tensors do not wait for the GPU."""
+        store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
+        if os.environ.get("TORCHELASTIC_RUN_ID") == "none":
+            # torchrun's static rendezvous, its default, keeps one store over restarts, with the addresses of the dead
+            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
 
     def close(self):
         """Leave the group of processes."""
@@ -215,7 +222,7 @@ def _clear_errors(what):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process is meant
             yield
-    except Exception as error:  # CheckpointException, SafetensorError, OSError, KeyError, ...: one each for each fault
+    except (Exception, dcp.CheckpointException) as error:  # the latter, of any rank, is no Exception
         failures = getattr(error, "failures", None)
         cause = next(iter(failures.values()))[0] if failures else error
         raise CheckpointError(f"{what}: {type(cause).__name__}: {str(cause).splitlines()[0] if str(cause) else ''}") from error

@@ -231,6 +231,10 @@ FREE = {"max_tokens", "cache_tokens", "save_every", "keep", "resume", "max_bad_s
         "activation_checkpointing"}  # fmt: skip
 
 
+class Stopped(Exception):  # noqa: N818 (it is no error)
+    """The run was asked to stop, and has saved."""
+
+
 class Run:
     """A run's models, optimizer, logs and place in the story; `save` and `resume` carry all of it."""
 
@@ -543,9 +547,7 @@ class Run:
                 self.save()
             if stop:
                 bar.close()
-                self.say(f"stopped after {self.stage} step {self.step}; saved. The same command goes on from there")
-                self.ranks.close()
-                sys.exit(0)
+                raise Stopped(f"stopped after {self.stage} step {self.step}; saved. The same command goes on from there")
         bar.close()
 
 
@@ -804,9 +806,12 @@ def main():
 
         signal.signal(signal.SIGINT, on_signal)
         signal.signal(signal.SIGTERM, on_signal)
-        story(run)
+        try:
+            story(run)
+        except Stopped as stopped:
+            run.say(f"{stopped}")
         ranks.close()
-    except (grm.TaskError, OSError, ValueError) as error:
+    except (grm.TaskError, OSError) as error:
         if os.environ.get("RANK", "0") != "0":
             time.sleep(5)  # rank 0 speaks first: torchrun ends the others as soon as one has left
         sys.exit(f"{error}")
