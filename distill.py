@@ -1,6 +1,7 @@
 """Teacher -> student on logits.                                                                     (how is it served?)
 
     torchrun distill.py --teacher runs/notes/model --task data/notes --student FOLDER --out runs/student
+    torchrun --nproc-per-node 8 distill.py ...                   # the teacher's pairs and the batches are shared out
 
 The large model that reinforcement learning made is too slow to judge every pair; a light student answers in its place.
 1. The teacher reasons about every pair, M times; its distribution over the labels, read at the answer position behind each
@@ -51,6 +52,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 from transformers.utils import logging as hf_logging
 
 import grm
+import parallel
 import rollout
 from grm import setting
 
@@ -269,8 +271,6 @@ def parse_config(argv=None):
         raise grm.TaskError(f"--beta {config.beta}: must be between 0 and 1; --loss forward is 0, reverse is 1")
     if config.on_policy and config.loss in ("label", "gold"):
         raise grm.TaskError(f"--on_policy: the {config.loss} loss has no samples; choose --loss forward, reverse or js")
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise grm.TaskError("several processes are not supported yet; run `python distill.py` or torchrun with one process")
     if config.labelled < -1:
         raise grm.TaskError(f"--labelled {config.labelled}: must be at least 0, or -1 for all")
     for name in ("teacher", "student") if config.loss != "gold" else ("student",):
@@ -318,11 +318,12 @@ SHARD = 512  # pairs in a file of the cache: what a stopped run loses at most
 
 
 class Teacher:
-    """The teacher's model, its tokens, and its cache of label distributions."""
+    """The teacher's model (whole on each rank; bf16 on CUDA), its tokens, and its cache of label distributions."""
 
-    def __init__(self, config, task):
-        self.config = config
-        self.model, self.tokenizer = grm.load_model(config.teacher)
+    def __init__(self, config, task, ranks):
+        self.config, self.ranks = config, ranks
+        dtype = torch.bfloat16 if ranks.device.type == "cuda" else torch.float32
+        self.model, self.tokenizer = grm.load_model(config.teacher, dtype=dtype)
         rollout.use_tree_attention(self.model)
         room = self.model.config.max_position_embeddings - config.max_new_tokens - 16
         self.tokens = grm.TokenTask(task, self.tokenizer, room)
@@ -333,9 +334,46 @@ class Teacher:
         """(probs_NY float32, traces) of all records, from the cache as far as it goes. traces: for each record the list of
         its well-formed reasonings (ids). A pair without any has probabilities 0. Raises grm.TaskError for a stale cache,
         and if more than half of the reasonings are malformed."""
-        folder, count = Path(self.config.cache), len(records)
-        index = {"hash": self._hash(records), "pairs": count, "shard": SHARD, "labels": self.tokens.task.labels}
-        path, shards = folder / "index.json", range(0, count, SHARD)
+        folder, count, ranks = Path(self.config.cache), len(records), self.ranks
+        if ranks.rank == 0:
+            self._check_cache(folder, records)
+        ranks.wait()
+        prompts = self.tokens.prompts(records)
+        try:
+            rollout.fit_rows(prompts, self.config.samples, self.config.max_new_tokens, self.config.cache_tokens)
+        except ValueError as error:
+            raise grm.TaskError(f"--{error}") from None
+        file_of = lambda start: folder / f"labels-{start // SHARD:05d}.safetensors"
+        quiet, mine = True if ranks.rank else None, range(ranks.rank * SHARD, count, ranks.world * SHARD)
+        kept = asked = 0
+        for start in tqdm(mine, desc="teacher", unit=f" x {SHARD} pairs", disable=quiet, dynamic_ncols=True):
+            file = file_of(start)
+            if not file.exists():
+                save_file(self._judge(prompts[start : start + SHARD], start), f"{file}.tmp")
+                os.replace(f"{file}.tmp", file)
+            lengths_NM = load_file(file)["lengths_NM"]
+            kept, asked = kept + int((lengths_NM > 0).sum()), asked + lengths_NM.numel()
+            if kept < 0.5 * asked:
+                raise grm.TaskError(
+                    f"{self.config.teacher}: {1 - kept / asked:.0%} of {asked} answers are malformed; is it trained for this "
+                    "task's format, and --max_new_tokens long enough?"
+                )
+        ranks.wait()
+        probs, traces = [], []
+        for start in range(0, count, SHARD):
+            shard = load_file(file_of(start))
+            probs.append(shard["probs_NY"])
+            flat, at = shard["ids"].tolist(), 0
+            for lengths_M in shard["lengths_NM"].tolist():
+                ends = np.cumsum([at, *lengths_M]).tolist()
+                traces.append([flat[a:b] for a, b in itertools.pairwise(ends) if b > a])
+                at = ends[-1]
+        return torch.cat(probs), traces
+
+    def _check_cache(self, folder, records):
+        """A new cache gets its index; one of anything else is refused."""
+        index = {"hash": self._hash(records), "pairs": len(records), "shard": SHARD, "labels": self.tokens.task.labels}
+        path = folder / "index.json"
         if path.exists() and json.loads(path.read_text(encoding="utf-8")) != index:
             raise grm.TaskError(
                 f"--cache {folder}: is stale (another teacher, task, list of pairs or sampling); delete it, or choose another"
@@ -343,34 +381,6 @@ class Teacher:
         if not path.exists():
             make_folder("cache", folder)
             path.write_text(json.dumps(index) + "\n", encoding="utf-8")
-        prompts = self.tokens.prompts(records)
-        try:
-            rollout.fit_rows(prompts, self.config.samples, self.config.max_new_tokens, self.config.cache_tokens)
-        except ValueError as error:
-            raise grm.TaskError(f"--{error}") from None
-        bar = tqdm(total=count, desc="teacher", unit="pair", disable=None, dynamic_ncols=True)
-        probs, traces, asked = [], [], 0
-        for start in shards:
-            file = folder / f"labels-{start // SHARD:05d}.safetensors"
-            if not file.exists():
-                save_file(self._judge(prompts[start : start + SHARD], start), f"{file}.tmp")
-                os.replace(f"{file}.tmp", file)
-            shard = load_file(file)
-            probs.append(shard["probs_NY"])
-            flat, at = shard["ids"].tolist(), 0
-            for lengths_M in shard["lengths_NM"].tolist():
-                ends = np.cumsum([at, *lengths_M]).tolist()
-                traces.append([flat[a:b] for a, b in itertools.pairwise(ends) if b > a])
-                at, asked = ends[-1], asked + len(lengths_M)
-            bar.update(len(probs[-1]))
-            malformed = 1 - sum(map(len, traces)) / max(asked, 1)
-            if malformed > 0.5:
-                raise grm.TaskError(
-                    f"{self.config.teacher}: {malformed:.0%} of {asked} answers are malformed; is it trained for this task's "
-                    "format, and --max_new_tokens long enough?"
-                )
-        bar.close()
-        return torch.cat(probs), traces
 
     def _hash(self, records):
         """Of all that the distributions depend on."""
@@ -576,20 +586,21 @@ def check_vocabularies(teacher, student, loss):
         raise grm.TaskError(f"--loss {loss}: teacher and student have different tokenizers; use --loss label")
 
 
-def token_loss(config, teacher, student, prompts, answers):
-    """token_kd_loss of answers (a list for each prompt) under both models."""
+def token_loss(config, teacher, student, prompts, answers, denominator=None):
+    """token_kd_loss of answers (a list for each prompt) under both models; denominator: the tokens of all ranks' answers."""
     trees = [rollout.Tree(prompts, answers, model.device) for model in (teacher.model, student.model)]
     student_AD = rollout.answer_hidden(student.model, trees[1])
     with torch.no_grad():
         teacher_AE = rollout.answer_hidden(teacher.model, trees[0])
     heads = student.model.get_output_embeddings(), teacher.model.get_output_embeddings()
     return token_kd_loss(
-        student_AD, heads[0], teacher_AE, heads[1], kind=config.loss, beta=config.beta, temperature=config.temperature
-    )
+        student_AD, heads[0], teacher_AE, heads[1], kind=config.loss, beta=config.beta, temperature=config.temperature,
+        denominator=denominator,
+    )  # fmt: skip
 
 
-def train(config, teacher, student, records, probs_NY, traces):
-    """The student's training; returns the seconds it took."""
+def train(config, ranks, teacher, student, records, probs_NY, traces):
+    """The student's training; returns the seconds it took. Each rank holds the student whole and takes its share of a batch."""
     start, model = time.perf_counter(), student.model
     usable = [i for i in range(len(records)) if config.loss == "gold" or (traces[i] and (student.reasons or probs_NY[i].sum()))]
     if student.reasons:
@@ -601,37 +612,46 @@ def train(config, teacher, student, records, probs_NY, traces):
     draw, order = np.random.default_rng(config.seed), []
     torch.manual_seed(config.seed)  # dropout
     model.train()
-    bar = tqdm(range(config.steps), desc="student", unit="step", disable=None, dynamic_ncols=True)
-    with open(Path(config.out) / "metrics.jsonl", "w", encoding="utf-8") as log:
+    quiet = True if ranks.rank else None
+    bar = tqdm(range(config.steps), desc="student", unit="step", disable=quiet, dynamic_ncols=True)
+    with open(os.devnull if ranks.rank else Path(config.out) / "metrics.jsonl", "w", encoding="utf-8") as log:
         for step in bar:
             while len(order) < config.batch:
                 order += draw.permutation(usable).tolist()
             batch, order = order[: config.batch], order[config.batch :]
+            mine, loss = ranks.share(len(batch)), torch.zeros(())
+            part = batch[mine]
             if student.reasons:
-                chosen = [prompts[i] for i in batch]
-                answers = [traces[i] for i in batch]
-                if config.on_policy:
+                chosen, answers = [prompts[i] for i in part], [traces[i] for i in part]
+                if config.on_policy and part:
                     model.eval()
                     settings = {"max_new_tokens": config.max_new_tokens, "eos_id": student.tokens.eos_id}
-                    answers = rollout.sample(model, chosen, seed=config.seed, step=step, **settings).answers()
+                    settings |= {"seed": config.seed, "step": step, "first_row": mine.start}
+                    answers = rollout.sample(model, chosen, **settings).answers()
                     model.train()
-                loss = token_loss(config, teacher, student, chosen, answers)
-            else:
-                logits_NY, gold = student.label_logits([encoded[i] for i in batch]), gold_N[batch].to(model.device)
+                tokens = ranks.sum([sum(len(answer) for group in answers for answer in group)])[0]
+                if part:
+                    loss = token_loss(config, teacher, student, chosen, answers, tokens)
+            elif part:
+                logits_NY, gold = student.label_logits([encoded[i] for i in part]), gold_N[part].to(model.device)
                 if config.loss == "gold":
                     loss = F.cross_entropy(logits_NY, gold)
                 else:
-                    teacher_NY = probs_NY[batch].to(model.device)
+                    teacher_NY = probs_NY[part].to(model.device)
                     loss = label_kd_loss(logits_NY, teacher_NY, gold, config.temperature, config.gold_weight)
+                loss = loss * (len(part) / len(batch))
             optimizer.zero_grad()
-            loss.backward()
+            if part:
+                loss.backward()
+            ranks.sum_gradients(model)
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             if not torch.isfinite(norm):
                 raise RuntimeError(f"step {step + 1}: the gradient norm is {norm}; lower the learning rate")
             optimizer.step()
             schedule.step()
-            log.write(json.dumps({"step": step + 1, "loss": float(loss.detach()), "grad_norm": float(norm)}) + "\n")
-            bar.set_postfix_str(f"loss {float(loss.detach()):.3f}")
+            value = ranks.sum([loss.detach()])[0]
+            log.write(json.dumps({"step": step + 1, "loss": value, "grad_norm": float(norm)}) + "\n")
+            bar.set_postfix_str(f"loss {value:.3f}")
     model.eval()
     return time.perf_counter() - start
 
@@ -692,30 +712,41 @@ def main():
         config = parse_config()
         task = grm.Task.load(config.task)
         records, tests = read_pairs(config, task)
+        ranks = parallel.Ranks()
         make_folder("out", config.out)
         student = make_student(config, task)
-        teacher = None if config.loss == "gold" else Teacher(config, task)
+        teacher = None if config.loss == "gold" else Teacher(config, task, ranks)
         if student.reasons:
             check_vocabularies(teacher.tokenizer, student.tokenizer, config.loss)
+        ranks.wait()  # no rank writes before every rank has checked
         start = time.perf_counter()
         # Stage 1: what the teacher thinks
         probs_NY, traces = teacher.labels(records) if teacher else (None, None)
         summary = {"config": asdict(config), "teacher_s": time.perf_counter() - start}
         # Stage 2: the student learns it
-        summary["training_s"] = train(config, teacher, student, records, probs_NY, traces)
-        student.save(Path(config.out))
+        summary["training_s"] = train(config, ranks, teacher, student, records, probs_NY, traces)
+        ranks.close()
         # Stage 3: side by side
-        start = time.perf_counter()
-        if teacher:
-            summary["teacher"] = evaluate(task, teacher, tests)
-        summary["student"] = evaluate(task, student, tests)
-        summary["evaluation_s"] = time.perf_counter() - start
+        if ranks.rank == 0:
+            finish(config, task, teacher, student, tests, summary)
     except (grm.TaskError, OSError) as error:
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(5)  # rank 0 speaks first: torchrun ends the others as soon as one has left
         sys.exit(f"{error}")
     except KeyboardInterrupt:
         sys.exit(
             f"stopped; what the teacher has said is in --cache ({SHARD} pairs a file), and the same command goes on from there"
         )
+
+
+def finish(config, task, teacher, student, tests, summary):
+    """Save the student, compare it with the teacher, and say so."""
+    student.save(Path(config.out))
+    start = time.perf_counter()
+    if teacher:
+        summary["teacher"] = evaluate(task, teacher, tests)
+    summary["student"] = evaluate(task, student, tests)
+    summary["evaluation_s"] = time.perf_counter() - start
     (Path(config.out) / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     print_table(summary)
     asked = f"teacher {summary['teacher_s']:.0f} s, " if teacher else ""

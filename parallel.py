@@ -99,6 +99,19 @@ class Ranks:
         line = torch.frombuffer(bytearray(json.dumps(value).encode() + b"\n"), dtype=torch.uint8)
         return [json.loads(text) for text in bytes(self.gather(line).tolist()).splitlines()]
 
+    def wait(self):
+        """Until every rank is here."""
+        self.gather_json(None)
+
+    def sum_gradients(self, model):
+        """Add up the ranks' gradients of a model that each of them holds whole; a missing gradient counts as zeros."""
+        if self.world > 1:
+            grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
+            flat = torch.cat([grad.flatten() for grad in grads])
+            dist.all_reduce(flat)
+            for p, part in zip(model.parameters(), flat.split([grad.numel() for grad in grads]), strict=True):
+                p.grad = part.view_as(p)
+
     def first(self, work):
         """Rank 0 calls `work`; an OSError there is raised on every rank."""
         error = None

@@ -18,6 +18,7 @@ from transformers import BertConfig, BertForSequenceClassification, pipeline
 
 import distill
 import grm
+import parallel
 import rollout
 from distill import label_kd_loss, token_kd_loss
 
@@ -466,7 +467,9 @@ def as_rollout(answers):
 def scripted_teacher(task, monkeypatch, broken=()):
     """A reason-first teacher whose samples are the demonstration and another one's, (pair, sample) in `broken` cut short."""
     loaded, records = reason_first(task)
-    teacher = distill.Teacher(distill.parse_config(arguments(task, "--pairs=sft.jsonl", "--max_tokens=700")), loaded)
+    teacher = distill.Teacher(
+        distill.parse_config(arguments(task, "--pairs=sft.jsonl", "--max_tokens=700")), loaded, parallel.Ranks()
+    )
     ids = [teacher.tokens.response(r["response"]) for r in records]
     answers = [[ids[i], ids[i - 1]] for i in range(len(ids))]
     for pair, sample in broken:
@@ -566,7 +569,7 @@ def test_token_losses_train_a_copy_towards_the_teacher(task, monkeypatch, loss):
     prompts = teacher.tokens.prompts(records)
     assert float(distill.token_loss(config, teacher, teacher, prompts, answers)) == pytest.approx(0, abs=1e-6)
     Path(config.out).mkdir()
-    distill.train(config, teacher, student, records, torch.zeros(len(records), 5), answers)
+    distill.train(config, parallel.Ranks(), teacher, student, records, torch.zeros(len(records), 5), answers)
     losses = [json.loads(line)["loss"] for line in (Path(config.out) / "metrics.jsonl").read_text().splitlines()]
     assert losses[-1] < 0.9 * losses[0]
 
@@ -580,7 +583,7 @@ def test_on_policy_uses_the_students_own_samples(task, monkeypatch):
     sample = rollout.sample
     monkeypatch.setattr(rollout, "sample", lambda model, *a, **k: (seen.append((model, k["step"])), sample(model, *a, **k))[1])
     Path(config.out).mkdir()
-    distill.train(config, teacher, student, records, torch.zeros(len(records), 5), answers)
+    distill.train(config, parallel.Ranks(), teacher, student, records, torch.zeros(len(records), 5), answers)
     assert [step for _, step in seen] == [0, 1] and all(model is student.model for model, _ in seen)
 
 

@@ -123,7 +123,7 @@ def test_resume_on_another_number_of_ranks(straight, task, tmp_path):
 
 
 def test_kills_lose_nothing(task):
-    """SIGKILL in sampling, update and both halves of saving; torchrun picks the run up each time (tests/kill.py: more of it)."""
+    """SIGKILL in sampling, update and both halves of saving; torchrun picks the run up (tests/kill.py: more of it)."""
     folder = task.parent / "kills"
     assert kill.compare(folder, 4, 2, 0, [*FLAGS, f"--task={task}"], save_every=2) == []
 
@@ -283,3 +283,26 @@ def test_parallel_alone_imports_no_project_file():
     """The file works in an empty folder."""
     text = (ROOT / "parallel.py").read_text()
     assert not any(f"import {name}" in text for name in ("grm", "rollout", "sam", "train", "distill"))
+
+
+@pytest.mark.parametrize("flags", [
+    [f"--student={NOTES / 'student'}", "--loss=label"],
+    [f"--student={NOTES / 'model'}", "--loss=js", "--on_policy=1", "--lr=1e-4"],
+])  # fmt: skip
+def test_distillation_on_two_ranks(task, tmp_path, flags):
+    """The same student from shared pairs and batches, of a size that does not divide."""
+    for ranks in (1, 2):
+        command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", ROOT / "distill.py"]
+        command += [f"--teacher={task / 'model'}", f"--task={task}", f"--out={tmp_path / str(ranks)}"]
+        command += [f"--cache={tmp_path / 'cache'}{ranks}", "--max_new_tokens=8", "--steps=5", "--batch=7"]
+        command += flags
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+    one, two = (lines(tmp_path / ranks) for ranks in "12")
+    assert len(one) == 5 and any(r["loss"] > 0 for r in one)
+    for a, b in zip(one, two, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5, abs=1e-6)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4, abs=1e-6)
+    shards = [{path.name: load_file(path) for path in (tmp_path / f"cache{n}").glob("*.safetensors")} for n in "12"]
+    assert shards[0].keys() == shards[1].keys()
