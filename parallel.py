@@ -56,8 +56,9 @@ class Ranks:
     def _join(self, backend, timeout):
         """Form the group of processes. gloo beside nccl: small sums and gathers of CPU tensors do not wait for the GPU."""
         store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
-        if os.environ.get("TORCHELASTIC_RUN_ID") == "none":
-            # torchrun's static rendezvous, its default, keeps one store over restarts, with the addresses of the dead
+        if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
+            # torchrun keeps one store over restarts, in which a rank would find the addresses of the dead. (Of several
+            # nodes, each counts its own restarts: there, torchrun wants TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, a fresh store.)
             store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
 
@@ -200,6 +201,87 @@ def copy_weights(target, model):
     for ours, theirs in zip(target.parameters(), model.parameters(), strict=True):
         theirs = theirs.detach().to(ours.dtype)  # before the gathering: half the bytes
         ours.copy_(theirs.full_tensor() if is_sharded(theirs) else theirs)
+
+
+# Memory ---------------------------------------------------------------------------------------------------------------
+
+
+class _KeptByAttention(torch.autograd.Function):
+    """Attention as far as memory goes: a fused kernel keeps queries, keys, values and its output."""
+
+    @staticmethod
+    def forward(ctx, q_HSD, k_KSD, v_KSD):
+        out_SHD = q_HSD.transpose(0, 1).contiguous()
+        ctx.save_for_backward(q_HSD, k_KSD, v_KSD, out_SHD)
+        return out_SHD
+
+
+class _PlannedTree:
+    """Stands for a rollout.Tree on the meta device."""
+
+    max_position = 0
+
+    def attend(self, layer, q_HSD, k_KSD, v_KSD, scale):
+        return _KeptByAttention.apply(q_HSD, k_KSD, v_KSD)
+
+
+def activation_bytes(model, tokens):
+    """Bytes that a forward pass over `tokens` tokens keeps for the backward pass: counted on the meta device, not computed.
+    model: on meta, under rollout.use_tree_attention, in the dtype of the computation."""
+    weights = {p.untyped_storage()._cdata for p in model.parameters()}
+    kept = {}
+
+    def keep(x):
+        if x.is_floating_point() and x.untyped_storage()._cdata not in weights:
+            kept[x.untyped_storage()._cdata] = x.untyped_storage()  # held, so that no other gets its address
+        return x
+
+    ids = torch.zeros(1, tokens, dtype=torch.long, device="meta")
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        model.base_model(input_ids=ids, position_ids=ids, tree=_PlannedTree(), use_cache=False)
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def memory_plan(
+    model, *, ranks=1, shard_size=0, half=True, max_tokens=2**15, cache_tokens=2**17, checkpointing=False, reference=False,
+    logits=2**24, prefill=2**13,
+):  # fmt: skip
+    """What each rank will hold when training `model` (on meta, float32, under tree attention): {what: bytes}, with "peak".
+
+    half: on GPUs (bf16 compute and sampling copy); else as on CPU. max_tokens, cache_tokens: the budgets of a micro-batch and
+    of the key-value cache, taken as used up. checkpointing: of activations. reference: a frozen model for the KL. logits,
+    prefill: rollout.py's chunks, in numbers and tokens. Weights, moments, gradients and caches follow from shapes;
+    activations are counted by `activation_bytes`; what a step holds only for a moment is estimated (the last lines).
+    """
+    config, size, shards = model.config, 2 if half else 4, shard_size or ranks
+    layers = [sum(p.numel() for p in layer.parameters()) for layer in model.base_model.layers]
+    total, layer = sum(p.numel() for p in model.parameters()), max(layers)
+    root, width = total - sum(layers), config.hidden_size
+    if half:
+        model.to(torch.bfloat16)
+    # the difference of two lengths leaves out what does not grow
+    token = (activation_bytes(model, 128) - activation_bytes(model, 64)) / 64
+    model.to(torch.float32)
+    head_dim = getattr(config, "head_dim", None) or width // config.num_attention_heads
+    plan = {
+        "master weights (float32)": 4 * total / shards,
+        "optimizer (two moments, float32)": 8 * total / shards,
+        "gradients (float32)": 4 * total / shards,
+        "sampling copy": size * total * (half or ranks > 1),
+        "reference model": 4 * total / shards * reference,
+    }
+    always = sum(plan.values())
+    one = token / len(layers) * max_tokens  # a layer's activations
+    plan["activations"] = size * width * len(layers) * max_tokens if checkpointing else token * max_tokens
+    plan["key-value cache"] = cache_tokens * len(layers) * 2 * config.num_key_value_heads * head_dim * size
+    chunk = 3 * 4 * min(logits, max_tokens * config.vocab_size)
+    gathered = size * (root + 2 * layer) + (4 + size) * layer if shards > 1 else size * total * half
+    plan["gathered weights"] = gathered
+    plan["logits, gradients on their way"] = max(chunk, 1.3 * one) + 2 * size * root  # 1.3: fitted to tests/peak.py
+    training = plan["activations"] + gathered + plan["logits, gradients on their way"]
+    sampling = plan["key-value cache"] + token / len(layers) * prefill
+    plan["peak"] = always + max(training, sampling, 4 * total / shards * half)  # the last: AdamW's temporaries on CUDA
+    return plan
 
 
 # Checkpoints ----------------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ Shapes: P prompts, G answers a prompt, N = P * G answers, T token positions, A a
 
 import contextlib
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -33,12 +34,13 @@ from collections import Counter
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
 import numpy as np
 import torch
 from tqdm import tqdm
-from transformers import GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.utils import logging as hf_logging
 
 import grm
@@ -67,6 +69,9 @@ class Config:
     timeout: int = setting(1800, "seconds that a rank waits for another before the job ends")
     shard_size: int = setting(0, "ranks that share one copy of the weights (0: all); groups of them hold copies")
     activation_checkpointing: bool = setting(False, "keep the inputs of layers only and compute the rest again: less memory")
+    plan: bool = setting(False, "print what each GPU will hold for --model, and stop; reads its config alone")
+    gpus: int = setting(8, "of --plan: number of GPUs")
+    gpu_gb: float = setting(80, "of --plan: memory of a GPU, in GB (10^9 bytes)")
     # SFT
     sft_steps: int = setting(400, "steps of supervised fine-tuning on TASK/sft.jsonl (0: none)")
     sft_batch: int = setting(64, "demonstrations a step")
@@ -101,12 +106,12 @@ def parse_config(argv=None):
     at_least |= dict.fromkeys(
         ("seed", "sft_steps", "rl_steps", "eval_every", "save_every", "kl_coef", "sft_coef", "weight_decay"), 0
     )
-    at_least |= dict.fromkeys(("keep", "max_bad_steps", "timeout", "updates_per_batch"), 1) | {"shard_size": 0}
+    at_least |= dict.fromkeys(("gpus", "keep", "max_bad_steps", "timeout", "updates_per_batch"), 1) | {"shard_size": 0}
     at_least |= {"group_size": 2, "advantage_clamp": 0, "clip_low": 0, "clip_high": 0}
     for name, least in at_least.items():
         if not getattr(config, name) >= least:
             raise grm.TaskError(f"--{name} {getattr(config, name)}: must be at least {least}")
-    for name in ("sft_lr", "lr", "temperature", "max_grad_norm", "is_cap"):
+    for name in ("sft_lr", "lr", "temperature", "max_grad_norm", "is_cap", "gpu_gb"):
         if not 0 < getattr(config, name) < math.inf:
             raise grm.TaskError(f"--{name} {getattr(config, name)}: must be positive and finite")
     if not config.sft_steps and not config.rl_steps:
@@ -227,8 +232,8 @@ def learning_rate(peak, step, steps):
 
 
 # What may change when a run is taken up again, since results do not depend on it beyond rounding.
-FREE = {"max_tokens", "cache_tokens", "save_every", "keep", "resume", "max_bad_steps", "timeout", "shard_size",
-        "activation_checkpointing"}  # fmt: skip
+FREE = {"plan", "gpus", "gpu_gb", "max_tokens", "cache_tokens", "save_every", "keep", "resume", "max_bad_steps", "timeout",
+        "shard_size", "activation_checkpointing"}  # fmt: skip
 
 
 class Stopped(Exception):  # noqa: N818 (it is no error)
@@ -761,6 +766,45 @@ def print_table(summary):
             )
 
 
+def print_plan(config):
+    """What each of --gpus GPUs will hold, whether it fits, and which flag to change if not."""
+    try:
+        with torch.device("meta"):
+            model_config = AutoConfig.from_pretrained(config.model, trust_remote_code=False)
+            model = rollout.use_tree_attention(AutoModelForCausalLM.from_config(model_config, dtype=torch.float32))
+    except (OSError, ValueError) as error:
+        raise grm.TaskError(f"--model {config.model}: {str(error).splitlines()[0]}") from None
+
+    def plan(**changes):
+        c = SimpleNamespace(**asdict(config) | changes)
+        return parallel.memory_plan(
+            model, ranks=c.gpus, shard_size=c.shard_size, max_tokens=c.max_tokens, cache_tokens=c.cache_tokens,
+            checkpointing=c.activation_checkpointing, reference=c.kl_coef > 0,
+        )  # fmt: skip
+
+    parts = plan()
+    parameters = sum(p.numel() for p in model.parameters())
+    print(
+        f"{config.model}: {parameters / 1e9:.2f} B parameters, {config.gpus} GPUs of {config.gpu_gb:g} GB; each holds, in GB:"
+    )
+    for name, size in parts.items():
+        print(f"{name:>34}{size / 1e9:9.1f}")
+    if parts["peak"] <= config.gpu_gb * 1e9:
+        print("fits")
+        return
+    for gpus, share in itertools.product((1, 2, 4, 8, 16, 32), (1, 2, 4, 8)):
+        changes = {"activation_checkpointing": True}
+        if share > 1:
+            changes |= {"max_tokens": config.max_tokens // share, "cache_tokens": config.cache_tokens // share}
+        if gpus > 1:
+            changes |= {"gpus": config.gpus * gpus, "shard_size": 0}
+        if plan(**changes)["peak"] <= config.gpu_gb * 1e9:
+            print("does not fit; this does: " + " ".join(f"--{name} {value}" for name, value in changes.items()))
+            return
+    copy = parts["sampling copy"] / 1e9
+    print(f"does not fit on any number of such GPUs: each samples from a whole copy of {copy:.1f} GB")
+
+
 def story(run):
     """SFT -> RL -> table."""
     config = run.config
@@ -796,6 +840,8 @@ def main():
     hf_logging.disable_progress_bar()
     try:
         config = parse_config()
+        if config.plan:
+            return print_plan(config)
         ranks = parallel.Ranks(config.timeout, config.shard_size)
         run = Run(config, ranks)
 

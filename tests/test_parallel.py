@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import kill
+import peak
 import pytest
 import torch
 from conftest import NOTES, ROOT
@@ -306,3 +307,33 @@ def test_distillation_on_two_ranks(task, tmp_path, flags):
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4, abs=1e-6)
     shards = [{path.name: load_file(path) for path in (tmp_path / f"cache{n}").glob("*.safetensors")} for n in "12"]
     assert shards[0].keys() == shards[1].keys()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("name", [*peak.CASES][:2])
+def test_memory_plan_is_within_15_percent(name):
+    """Planned against the measured peak of real steps on CPU (`python tests/peak.py` prints them all)."""
+    sizes = peak.measure_apart(peak.CASES[name])
+    assert sizes["planned"] == pytest.approx(sizes["measured"], rel=0.15)
+
+
+def test_plan_prints_what_to_change(tmp_path, monkeypatch, capsys):
+    """--plan reads a config alone, fits or says what would, and writes nothing."""
+    config = json.loads((NOTES / "model" / "config.json").read_text())
+    config |= {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "vocab_size": 151936}
+    config |= {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "layer_types": None}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+
+    def plan(*flags):
+        monkeypatch.setattr(sys, "argv", ["train.py", "--plan=1", f"--model={tmp_path}", f"--task={NOTES}", *flags])
+        train.main()
+        return capsys.readouterr().out
+
+    assert "does not fit; this does: --activation_checkpointing True" in plan(
+        "--gpus=8", "--gpu_gb=80", "--cache_tokens=131072"
+    )
+    assert plan("--gpus=8", "--gpu_gb=80", "--activation_checkpointing=1").strip().endswith("\nfits")
+    assert "does not fit on any number" in plan("--gpus=8", "--gpu_gb=15")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json"]
+    with pytest.raises(SystemExit, match="--model"):
+        plan("--model=/nowhere")
