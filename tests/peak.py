@@ -20,8 +20,8 @@ SMALL = {"vocab_size": 2000, "hidden_size": 256, "intermediate_size": 768, "num_
 LARGE = {"vocab_size": 32000, "hidden_size": 768, "intermediate_size": 2304, "num_hidden_layers": 12, "num_attention_heads": 12,
          "num_key_value_heads": 4, "head_dim": 64}  # fmt: skip
 CASES = {  # name: (config, tokens, activation checkpointing)
-    "9 M parameters, 8,000 tokens": (SMALL, 8000, False),
-    "9 M parameters, 8,000 tokens, checkpointing": (SMALL, 8000, True),
+    "9 M parameters, 4,000 tokens": (SMALL, 4000, False),
+    "9 M parameters, 4,000 tokens, checkpointing": (SMALL, 4000, True),
     "132 M parameters, 2,000 tokens": (LARGE, 2000, False),
     "132 M parameters, 4,000 tokens, checkpointing": (LARGE, 4000, True),
 }

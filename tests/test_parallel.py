@@ -138,11 +138,11 @@ def test_a_rank_that_raises_ends_the_job(task, tmp_path):
 def test_a_hung_rank_ends_the_job(task, tmp_path):
     """A stopped process: the other one gives up after --timeout, and torchrun ends both."""
     begin = time.monotonic()
-    fault = {"do": "stop", "in": "backward", "call": 10, "rank": 1}
-    code, text = run(tmp_path / "out", 2, f"--task={task}", "--timeout=5", faults=[fault], torchrun=["--shutdown-timeout=3"])
+    fault = {"do": "stop", "in": "backward", "call": 3, "rank": 1}
+    code, text = run(tmp_path / "out", 2, f"--task={task}", "--timeout=8", faults=[fault], torchrun=["--shutdown-timeout=3"])
     assert code != 0 and "imed out" in text, text
     assert time.monotonic() - begin < 100
-    assert len(lines(tmp_path / "out")) == 9
+    assert len(lines(tmp_path / "out")) == 2
 
 
 def test_a_gradient_that_is_not_finite_is_skipped_and_counted(task, tmp_path):
