@@ -725,10 +725,10 @@ def main():
         summary = {"config": asdict(config), "teacher_s": time.perf_counter() - start}
         # Stage 2: the student learns it
         summary["training_s"] = train(config, ranks, teacher, student, records, probs_NY, traces)
-        ranks.close()
         # Stage 3: side by side
         if ranks.rank == 0:
             finish(config, task, teacher, student, tests, summary)
+        ranks.leave()
     except (grm.TaskError, OSError) as error:
         if os.environ.get("RANK", "0") != "0":
             time.sleep(5)  # rank 0 speaks first: torchrun ends the others as soon as one has left

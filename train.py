@@ -117,8 +117,9 @@ def parse_config(argv=None):
     if not config.sft_steps and not config.rl_steps:
         raise grm.TaskError("--sft_steps and --rl_steps are both 0: nothing to do; grm.py score evaluates a model")
     ranks = int(os.environ.get("WORLD_SIZE", 1))
-    if config.shard_size and ranks % config.shard_size:
-        raise grm.TaskError(f"--shard_size {config.shard_size}: does not divide the {ranks} ranks")
+    sharing = config.gpus if config.plan else ranks
+    if config.shard_size and sharing % config.shard_size:
+        raise grm.TaskError(f"--shard_size {config.shard_size}: does not divide the {sharing} ranks")
     for name in ("prompts_per_step", "sft_batch"):
         if getattr(config, name) < ranks:
             raise grm.TaskError(f"--{name} {getattr(config, name)}: is less than one for each of the {ranks} ranks")
@@ -232,8 +233,8 @@ def learning_rate(peak, step, steps):
 
 
 # What may change when a run is taken up again, since results do not depend on it beyond rounding.
-FREE = {"plan", "gpus", "gpu_gb", "max_tokens", "cache_tokens", "save_every", "keep", "resume", "max_bad_steps", "timeout",
-        "shard_size", "activation_checkpointing"}  # fmt: skip
+FREE = {"out", "plan", "gpus", "gpu_gb", "max_tokens", "cache_tokens", "save_every", "keep", "resume", "max_bad_steps",
+        "timeout", "shard_size", "activation_checkpointing"}  # fmt: skip
 
 
 class Stopped(Exception):  # noqa: N818 (it is no error)
@@ -288,9 +289,11 @@ class Run:
         if not path.exists() and self.out.exists() and any(self.out.iterdir()):
             raise grm.TaskError(f"--out {self.out}: holds other files; choose an empty or new folder")
         if path.exists():
-            former, mine = json.loads(path.read_text(encoding="utf-8")), asdict(self.config)
-            if differing := [name for name in mine if name not in FREE and former.get(name) != mine[name]]:
-                names = ", ".join(f"--{name} {former.get(name)}" for name in differing)
+            try:
+                former = json.loads(path.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise grm.TaskError(f"{path}: not JSON ({error}); choose another --out") from None
+            if names := self.differing(former):
                 raise grm.TaskError(f"--out {self.out}: holds another run ({names}); choose another folder, or delete it")
             if (self.out / "summary.json").exists():
                 raise grm.TaskError(f"--out {self.out}: holds this run, finished; choose another folder, or delete it")
@@ -301,6 +304,11 @@ class Run:
                 raise grm.TaskError(f"--resume {resume}: not a checkpoint (they are in OUT/checkpoints); auto takes the newest")
             return Path(resume)
         return max(self.checkpoints(), default=None)
+
+    def differing(self, former):
+        """The settings of another run that are not this one's, as flags; those of FREE do not count."""
+        mine = asdict(self.config)
+        return ", ".join(f"--{name} {former.get(name)}" for name in mine if name not in FREE and former.get(name) != mine[name])
 
     def checkpoints(self):
         """The folders of OUT/checkpoints that are complete, the oldest first: they are named by the steps done."""
@@ -449,6 +457,7 @@ class Run:
         updates = max((float(state["step"]) for state in self.optimizer.state.values()), default=0.0)
         state = {"stage": self.stage, "step": self.step, "summary": self.summary, "log_sizes": sizes, "updates": updates}
         state |= {"skipped": self.skipped, "bad_steps": self.bad_steps, "fingerprint": self.fingerprint()}
+        state["config"] = asdict(self.config)
         if self.curriculum:
             state["pass_rates"] = {"right": self.curriculum.right.tolist(), "seen": self.curriculum.seen.tolist()}
         with open(unfinished / "state.json", "w", encoding="utf-8") as file:
@@ -470,15 +479,17 @@ class Run:
         path = self.checkpoint
         try:
             state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-            fingerprint = state["fingerprint"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise grm.TaskError(f"{path}: state.json is not a checkpoint's ({error})") from None
+            fingerprint, names = state["fingerprint"], self.differing(state["config"])
+        except (ValueError, KeyError, TypeError):
+            raise grm.TaskError(f"{path}: its state.json is damaged; name an older checkpoint: --resume FOLDER") from None
         if fingerprint != self.fingerprint():
             raise grm.TaskError(f"{path}: a checkpoint of another task or tokenizer; choose another --out or --resume off")
+        if names:
+            raise grm.TaskError(f"{path}: a checkpoint of a run with other settings ({names})")
         try:
             parallel.load_tensors(path, self.tensors())
         except parallel.CheckpointError as error:
-            hint = "is it of another model? If it is damaged, name an older one: --resume DIR"
+            hint = "is it of another model? If it is damaged, or a file is missing, name an older one: --resume FOLDER"
             raise grm.TaskError(f"{error}; {hint}") from error
         for moments in self.optimizer.state.values():
             moments["step"].fill_(state["updates"])
@@ -768,6 +779,8 @@ def print_table(summary):
 
 def print_plan(config):
     """What each of --gpus GPUs will hold, whether it fits, and which flag to change if not."""
+    if config.model.startswith((".", "/")) and not Path(config.model).exists():
+        raise grm.TaskError(f"--model {config.model}: no such folder")
     try:
         with torch.device("meta"):
             model_config = AutoConfig.from_pretrained(config.model, trust_remote_code=False)
@@ -841,7 +854,7 @@ def main():
     try:
         config = parse_config()
         if config.plan:
-            return print_plan(config)
+            return None if int(os.environ.get("RANK", 0)) else print_plan(config)
         ranks = parallel.Ranks(config.timeout, config.shard_size)
         run = Run(config, ranks)
 
@@ -856,7 +869,9 @@ def main():
             story(run)
         except Stopped as stopped:
             run.say(f"{stopped}")
-        ranks.close()
+        if run.board:
+            run.board.close()
+        ranks.leave()
     except (grm.TaskError, OSError) as error:
         if os.environ.get("RANK", "0") != "0":
             time.sleep(5)  # rank 0 speaks first: torchrun ends the others as soon as one has left

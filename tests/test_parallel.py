@@ -223,14 +223,17 @@ def test_checkpoints_that_do_not_fit_are_refused(task, tmp_path, monkeypatch):
     config = json.loads((wide / "config.json").read_text())
     (wide / "config.json").write_text(json.dumps({**config, "intermediate_size": 256}))
     message = refused(f"--task={task}", f"--out={tmp_path / 'b'}", f"--resume={checkpoint}", f"--model={wide}")
-    assert "another model" in message
+    assert "other settings (--model" in message
+    assert "other settings (--lr 0.0003)" in refused(
+        f"--task={task}", f"--out={tmp_path / 'd'}", f"--resume={checkpoint}", "--lr=1"
+    )
     assert "not a checkpoint" in refused(f"--task={task}", f"--out={tmp_path / 'c'}", f"--resume={tmp_path}")
     assert "--resume off" in refused(f"--task={task}", f"--out={out}", "--resume=off")
     (shard,) = checkpoint.glob("*.safetensors")
     shard.write_bytes(shard.read_bytes()[:-1000])
     assert "cannot be read" in refused(f"--task={task}", f"--out={out}")
     (checkpoint / "state.json").write_text("{}")
-    assert "state.json" in refused(f"--task={task}", f"--out={out}")
+    assert "state.json is damaged" in refused(f"--task={task}", f"--out={out}")
 
 
 def test_tensors_survive_the_round_trip(tmp_path):
