@@ -1,7 +1,8 @@
 """Teacher -> student on logits.                                                                     (how is it served?)
 
     torchrun distill.py --teacher runs/notes/model --task data/notes --student FOLDER --out runs/student
-    torchrun --nproc-per-node 8 distill.py ...                   # the teacher's pairs and the batches are shared out
+    torchrun --nproc-per-node 8 distill.py ...                   # the teacher's pairs and the batches are shared out, and
+                                                                 # the student's weights; the same command again goes on
 
 The large model that reinforcement learning made is too slow to judge every pair; a light student answers in its place.
 1. The teacher reasons about every pair, M times; its distribution over the labels, read at the answer position behind each
@@ -31,11 +32,13 @@ Shapes: N pairs, Y labels, M reasonings of a pair, A answer positions (those tha
 of a batch), D width of the student, E width of the teacher, V vocabulary that student and teacher have in common.
 """
 
+import contextlib
 import hashlib
 import itertools
 import json
 import math
 import os
+import shutil
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -57,6 +60,7 @@ import rollout
 from grm import setting
 
 UNLABELLED = -100  # what torch's cross-entropy ignores
+FREE = {"out", "max_tokens", "cache_tokens", "save_every"}  # may change when a run is taken up again
 
 
 def _at_least_float32(x):
@@ -237,7 +241,7 @@ class Config:
     sampling_temperature: float = setting(1.0, "temperature of these reasonings")
     max_new_tokens: int = setting(512, "longest reasoning, in tokens")
     cache_tokens: int = setting(131072, "token budget of the key-value cache when sampling")
-    max_tokens: int = setting(32768, "token budget of one forward pass")
+    max_tokens: int = setting(32768, "token budget of one forward pass, of teacher and student")
     # student
     loss: Literal["label", "gold", "forward", "reverse", "js"] = setting(
         "label", "label: KL on label logits; gold: labelled pairs alone, no teacher; forward, reverse, js: on every token"
@@ -252,6 +256,7 @@ class Config:
     batch: int = setting(64, "pairs a step")
     lr: float = setting(5e-5, "peak learning rate: warm-up over 5 % of the steps, then cosine to 0")
     weight_decay: float = setting(0.01, "AdamW's weight decay")
+    save_every: int = setting(500, "save a checkpoint every so many steps (0: only when stopped)")
 
 
 def parse_config(argv=None):
@@ -271,6 +276,8 @@ def parse_config(argv=None):
         raise grm.TaskError(f"--beta {config.beta}: must be between 0 and 1; --loss forward is 0, reverse is 1")
     if config.on_policy and config.loss in ("label", "gold"):
         raise grm.TaskError(f"--on_policy: the {config.loss} loss has no samples; choose --loss forward, reverse or js")
+    if config.save_every < 0:
+        raise grm.TaskError(f"--save_every {config.save_every}: must be at least 0")
     if config.labelled < -1:
         raise grm.TaskError(f"--labelled {config.labelled}: must be at least 0, or -1 for all")
     for name in ("teacher", "student") if config.loss != "gold" else ("student",):
@@ -280,8 +287,8 @@ def parse_config(argv=None):
     for name in ("out", "cache"):
         if Path(getattr(config, name)).exists() and not Path(getattr(config, name)).is_dir():
             raise grm.TaskError(f"--{name} {getattr(config, name)}: not a folder")
-    # A run that was stopped has written metrics.jsonl alone, and is begun again.
-    if Path(config.out).is_dir() and any(path.name != "metrics.jsonl" for path in Path(config.out).iterdir()):
+    # what a run that was stopped has written
+    if Path(config.out).is_dir() and {path.name for path in Path(config.out).iterdir()} - {"metrics.jsonl", "checkpoints"}:
         raise grm.TaskError(f"--out {config.out}: exists; choose another folder, or delete it")
     return config
 
@@ -439,22 +446,59 @@ class Teacher:
 # Stage 2: the student -------------------------------------------------------------------------------------------------
 
 
-class CausalStudent:
+class Student:
+    """What the two kinds have in common. model: in training, sharded over several ranks (compute losses through `call`, as
+    Ranks.shard says); after `finish`, whole."""
+
+    reasons, tokenizer = False, None
+
+    def __init__(self, config, task, ranks):
+        self.config, self.task, self.ranks = config, task, ranks
+        self.half = ranks.device.type == "cuda"
+        self.model, self.call = ranks.shard(self.load, self.half)
+
+    def whole(self):
+        """The model as each rank needs it to sample from or to save; every rank must call it."""
+        return self.ranks.whole(self.load, self.model, self.half)
+
+    def finish(self):
+        """Training is over: from now on, judge with the whole model. Every rank must call it."""
+        self.model = self.whole().eval()
+
+    def predict(self, records):
+        """Its judgements, as grm.metrics takes them."""
+        encoded = self.encode(records)
+        with torch.no_grad():
+            logits = [self.label_logits(encoded[part]) for part in self.micro_batches(encoded)]
+        return as_predictions(self.task, torch.cat(logits))
+
+    def save(self, out):
+        """OUT/model."""
+        self.model.save_pretrained(out / "model")
+        self.tokenizer.save_pretrained(out / "model")
+
+
+class CausalStudent(Student):
     """A decoder-only model that gives the label first: behind the prompt and "\\boxed{", one prefill, no reasoning. With a
     token loss it is a small copy of the teacher instead, and reasons in the task's own format."""
 
-    def __init__(self, config, task):
-        self.config, self.task, self.reasons = config, task, config.loss in ("forward", "reverse", "js")
-        self.model, self.tokenizer = grm.load_model(config.student, seed=config.seed)
-        rollout.use_tree_attention(self.model)
+    def __init__(self, config, task, ranks):
+        super().__init__(config, task, ranks)
+        self.reasons, self.tokenizer = config.loss in ("forward", "reverse", "js"), grm.load_model(config.student, "meta")[1]
         room = self.model.config.max_position_embeddings - config.max_new_tokens * self.reasons - 16
         self.tokens = grm.TokenTask(task, self.tokenizer, room)
-        budgets = (config.max_new_tokens, config.max_tokens, config.cache_tokens)
-        self.engine = rollout.TreeEngine(self.model, self.tokens.eos_id, *budgets)
+
+    def load(self, device):
+        """The student on a device, with fresh weights if its folder has none."""
+        return rollout.use_tree_attention(grm.load_model(self.config.student, device, seed=self.config.seed)[0])
 
     def encode(self, records):
         """Ids that label_logits reads."""
         return [prompt + self.tokens.opening for prompt in self.tokens.prompts(records)]
+
+    def micro_batches(self, encoded):
+        """Slices of at most max_tokens tokens."""
+        return rollout.micro_batches(encoded, [[[0]]] * len(encoded), self.config.max_tokens) if encoded else []
 
     def label_logits(self, encoded):
         """float32 [N, Y]."""
@@ -464,15 +508,15 @@ class CausalStudent:
 
     def predict(self, records):
         """Its judgements, as grm.metrics takes them."""
-        if self.reasons:
-            return grm.judge(self.tokens, self.engine, records, explain=False)
-        with torch.no_grad():
-            return as_predictions(self.task, self.label_logits(self.encode(records)))
+        if not self.reasons:
+            return super().predict(records)
+        c = self.config
+        engine = rollout.TreeEngine(self.model, self.tokens.eos_id, c.max_new_tokens, c.max_tokens, c.cache_tokens)
+        return grm.judge(self.tokens, engine, records, explain=False)
 
     def save(self, out):
         """OUT/model and, for a student that gives the label first, OUT/task: the criteria with that format, for grm.py."""
-        self.model.save_pretrained(out / "model")
-        self.tokenizer.save_pretrained(out / "model")
+        super().save(out)
         if not self.reasons:
             head = {"labels": self.task.labels, "relevant": self.task.relevant, "steps": [], "format": "answer-first"}
             front = "".join(f"{name}: {json.dumps(value)}\n" for name, value in head.items())
@@ -480,50 +524,50 @@ class CausalStudent:
             (out / "task" / "criteria.md").write_text(f"---\n{front}---\n{self.task.criteria}\n", encoding="utf-8")
 
 
-class ClassifierStudent:
+class ClassifierStudent(Student):
     """An AutoModelForSequenceClassification over query and document as a text pair, or over the task's prompt. As a text
     pair, its folder is what sentence-transformers' CrossEncoder and transformers' pipeline load."""
 
-    def __init__(self, config, task):
-        self.config, self.task, self.reasons = config, task, False
+    def __init__(self, config, task, ranks):
         folder = Path(config.student)
+        self.trained = bool(list(folder.glob("*.safetensors"))) or not folder.is_dir()
+        if not self.trained and (list(folder.glob("*.bin")) or list(folder.glob("*.pt"))):
+            raise grm.TaskError(f"--student {folder}: only pickled weights, which are not loaded; convert to safetensors")
         try:
-            model_config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-            self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-            trained = bool(list(folder.glob("*.safetensors"))) or not folder.is_dir()
-            if not trained and (list(folder.glob("*.bin")) or list(folder.glob("*.pt"))):
-                raise grm.TaskError(f"--student {folder}: only pickled weights, which are not loaded; convert to safetensors")
-            if trained and "ForSequenceClassification" in str(model_config.architectures):
-                self._check_labels(model_config)
-            else:
-                model_config.id2label = dict(enumerate(task.labels))
-                model_config.label2id = {label: i for i, label in enumerate(task.labels)}
-            torch.manual_seed(config.seed)
-            kind, settings = AutoModelForSequenceClassification, {"trust_remote_code": False}
-            if trained:
-                self.model = kind.from_pretrained(folder, config=model_config, use_safetensors=True, **settings)
-            else:
-                self.model = kind.from_config(model_config, **settings)
+            self.model_config = AutoConfig.from_pretrained(config.student, trust_remote_code=False)
+            self.tokenizer = AutoTokenizer.from_pretrained(config.student, trust_remote_code=False)
+            names = dict(enumerate(task.labels))
+            if self.trained and "ForSequenceClassification" in str(self.model_config.architectures):
+                names = self.model_config.id2label
+                if missing := [label for label in task.labels if label not in names.values()]:
+                    raise grm.TaskError(
+                        f"--student {folder}: its classifier has no label {', '.join(missing)} (it has "
+                        f"{', '.join(names.values())}); name the labels in its config.json, or start from the model without one"
+                    )
+            self.model_config.id2label, self.model_config.label2id = names, {label: i for i, label in names.items()}
+            super().__init__(config, task, ranks)
         except (OSError, ValueError, KeyError) as error:
             if isinstance(error, grm.TaskError):
                 raise
             raise grm.TaskError(f"--student {folder}: cannot be loaded: {str(error).splitlines()[0]}") from error
-        self.model.to("cuda" if torch.cuda.is_available() else "cpu")
-        self.order = [self.model.config.label2id[label] for label in task.labels]
-        context = getattr(model_config, "max_position_embeddings", config.max_length)
-        self.length = min(config.max_length, context)
+        self.order = [self.model_config.label2id[label] for label in task.labels]
+        self.length = min(config.max_length, getattr(self.model_config, "max_position_embeddings", config.max_length))
         try:
             self.tokens = grm.TokenTask(task, self.tokenizer, self.length) if config.input == "prompt" else None
         except grm.TaskError as error:
             raise grm.TaskError(f"--input prompt, --student {folder}: {error}") from None
 
-    def _check_labels(self, model_config):
-        names = set(map(str, model_config.id2label.values()))
-        if missing := [label for label in self.task.labels if label not in names]:
-            raise grm.TaskError(
-                f"--student {self.config.student}: its classifier has no label {', '.join(missing)} (it has "
-                f"{', '.join(sorted(names))}); name the labels in its config.json, or start from the model without a classifier"
-            )
+    def load(self, device):
+        """The student on a device, with fresh weights (of the classifier alone) if its folder has none."""
+        torch.manual_seed(self.config.seed)
+        kind, settings = AutoModelForSequenceClassification, {"trust_remote_code": False, "dtype": torch.float32}
+        with torch.device(device) if str(device) == "meta" else contextlib.nullcontext():
+            if self.trained and str(device) != "meta":
+                folder, config = self.config.student, self.model_config
+                model = kind.from_pretrained(folder, config=config, use_safetensors=True, **settings)
+            else:
+                model = kind.from_config(self.model_config, **settings)
+        return model.to(device)
 
     def encode(self, records):
         """What label_logits reads: a dict of lists for each pair."""
@@ -534,20 +578,16 @@ class ClassifierStudent:
         batch = self.tokenizer(queries, documents, **settings)
         return [{name: batch[name][i] for name in batch} for i in range(len(records))]
 
+    def micro_batches(self, encoded):
+        """Slices of at most max_tokens tokens, padding counted: as if all were as long as the longest."""
+        longest = max((len(pair["input_ids"]) for pair in encoded), default=1)
+        size = max(1, self.config.max_tokens // longest)
+        return [slice(start, start + size) for start in range(0, len(encoded), size)]
+
     def label_logits(self, encoded):
         """float32 [N, Y], in the order of the task's labels."""
         batch = self.tokenizer.pad(encoded, return_tensors="pt").to(self.model.device)
         return self.model(**batch).logits[:, self.order].float()
-
-    def predict(self, records):
-        """Its judgements, as grm.metrics takes them."""
-        with torch.no_grad():
-            return as_predictions(self.task, self.label_logits(self.encode(records)))
-
-    def save(self, out):
-        """OUT/model."""
-        self.model.save_pretrained(out / "model")
-        self.tokenizer.save_pretrained(out / "model")
 
 
 def as_predictions(task, logits_NY):
@@ -563,7 +603,7 @@ def as_predictions(task, logits_NY):
     ]
 
 
-def make_student(config, task):
+def make_student(config, task, ranks):
     """The student of a folder: a causal model if its config says so, else a classifier."""
     folder = Path(config.student)
     if folder.exists() and not (folder / "config.json").is_file():
@@ -575,7 +615,7 @@ def make_student(config, task):
     causal = any(name.endswith("ForCausalLM") for name in architectures)
     if not causal and config.loss in ("forward", "reverse", "js"):
         raise grm.TaskError(f"--loss {config.loss}: compares tokens, and {config.student} is a classifier; use --loss label")
-    return CausalStudent(config, task) if causal else ClassifierStudent(config, task)
+    return (CausalStudent if causal else ClassifierStudent)(config, task, ranks)
 
 
 def check_vocabularies(teacher, student, loss):
@@ -599,61 +639,121 @@ def token_loss(config, teacher, student, prompts, answers, denominator=None):
     )  # fmt: skip
 
 
+def label_lessons(config, student, records, probs_NY):
+    """A function from a batch (indices of records) and its step to this rank's micro-batches, and the loss of one of them:
+    label_kd_loss, or the gold label's cross-entropy alone, averaged over the pairs of all ranks."""
+    encoded, gold_N = student.encode(records), torch.tensor([r["gold"] for r in records])
+
+    def lessons(batch, step):
+        mine = batch[student.ranks.share(len(batch))]
+        pairs = [encoded[i] for i in mine]
+
+        def loss_of(part):
+            logits_NY, chosen = student.label_logits(pairs[part]), mine[part]
+            gold = gold_N[chosen].to(logits_NY.device)
+            if config.loss == "gold":
+                loss = F.cross_entropy(logits_NY, gold)
+            else:
+                loss = label_kd_loss(logits_NY, probs_NY[chosen].to(gold.device), gold, config.temperature, config.gold_weight)
+            return loss * (len(chosen) / len(batch))
+
+        return student.micro_batches(pairs), loss_of
+
+    return lessons
+
+
+def token_lessons(config, teacher, student, records, traces):
+    """The same for losses on tokens: of the teacher's reasonings, or of the student's own answers (on-policy)."""
+    prompts, sampler = student.tokens.prompts(records), student.whole() if config.on_policy else None
+
+    def lessons(batch, step):
+        share = student.ranks.share(len(batch))
+        chosen, answers = [prompts[i] for i in batch[share]], [traces[i] for i in batch[share]]
+        if sampler:
+            if sampler is not student.model:
+                parallel.copy_weights(sampler, student.model)
+            settings = {"max_new_tokens": config.max_new_tokens, "eos_id": student.tokens.eos_id, "seed": config.seed}
+            settings |= {"cache_tokens": config.cache_tokens, "step": step, "first_row": share.start}
+            sampler.eval()
+            answers = rollout.sample(sampler, chosen, **settings).answers() if chosen else []
+            student.model.train()
+        tokens = student.ranks.sum([sum(len(answer) for group in answers for answer in group)])[0]
+        parts = rollout.micro_batches(chosen, answers, config.max_tokens) if chosen else []
+        return parts, lambda part: token_loss(config, teacher, student, chosen[part], answers[part], tokens)
+
+    return lessons
+
+
+def shuffled(indices, config):
+    """Batch after batch, in epochs of shuffled orders."""
+    draw, order = np.random.default_rng(config.seed), []
+    while True:
+        while len(order) < config.batch:
+            order += draw.permutation(indices).tolist()
+        yield order[: config.batch]
+        order = order[config.batch :]
+
+
 def train(config, ranks, teacher, student, records, probs_NY, traces):
-    """The student's training; returns the seconds it took. Each rank holds the student whole and takes its share of a batch."""
-    start, model = time.perf_counter(), student.model
+    """The student's training, from its newest checkpoint if it was stopped; returns the seconds it took."""
+    start, model, log = time.perf_counter(), student.model, Path(config.out) / "metrics.jsonl"
     usable = [i for i in range(len(records)) if config.loss == "gold" or (traces[i] and (student.reasons or probs_NY[i].sum()))]
     if student.reasons:
-        prompts = student.tokens.prompts(records)
+        lessons = token_lessons(config, teacher, student, records, traces)
     else:
-        encoded, gold_N = student.encode(records), torch.tensor([r["gold"] for r in records])
+        lessons = label_lessons(config, student, records, probs_NY)
+    nothing = lambda: 0 * student.label_logits(student.encode(records[:1])).sum()
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
-    schedule = get_cosine_schedule_with_warmup(optimizer, round(0.05 * config.steps), config.steps)
-    draw, order = np.random.default_rng(config.seed), []
-    torch.manual_seed(config.seed)  # dropout
-    model.train()
+    schedule = get_cosine_schedule_with_warmup(optimizer, round(0.05 * config.steps), config.steps).lr_lambdas[0]
+    checkpoints = parallel.Checkpoints(Path(config.out) / "checkpoints", ranks, keep=1)
+    done = resume(config, checkpoints, model, optimizer, log)
     quiet = True if ranks.rank else None
-    bar = tqdm(range(config.steps), desc="student", unit="step", disable=quiet, dynamic_ncols=True)
-    with open(os.devnull if ranks.rank else Path(config.out) / "metrics.jsonl", "w", encoding="utf-8") as log:
-        for step in bar:
-            while len(order) < config.batch:
-                order += draw.permutation(usable).tolist()
-            batch, order = order[: config.batch], order[config.batch :]
-            mine, loss = ranks.share(len(batch)), torch.zeros(())
-            part = batch[mine]
-            if student.reasons:
-                chosen, answers = [prompts[i] for i in part], [traces[i] for i in part]
-                if config.on_policy and part:
-                    model.eval()
-                    settings = {"max_new_tokens": config.max_new_tokens, "eos_id": student.tokens.eos_id}
-                    settings |= {"seed": config.seed, "step": step, "first_row": mine.start}
-                    answers = rollout.sample(model, chosen, **settings).answers()
-                    model.train()
-                tokens = ranks.sum([sum(len(answer) for group in answers for answer in group)])[0]
-                if part:
-                    loss = token_loss(config, teacher, student, chosen, answers, tokens)
-            elif part:
-                logits_NY, gold = student.label_logits([encoded[i] for i in part]), gold_N[part].to(model.device)
-                if config.loss == "gold":
-                    loss = F.cross_entropy(logits_NY, gold)
-                else:
-                    teacher_NY = probs_NY[part].to(model.device)
-                    loss = label_kd_loss(logits_NY, teacher_NY, gold, config.temperature, config.gold_weight)
-                loss = loss * (len(part) / len(batch))
-            optimizer.zero_grad()
-            if part:
-                loss.backward()
-            ranks.sum_gradients(model)
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            if not torch.isfinite(norm):
-                raise RuntimeError(f"step {step + 1}: the gradient norm is {norm}; lower the learning rate")
-            optimizer.step()
-            schedule.step()
-            value = ranks.sum([loss.detach()])[0]
-            log.write(json.dumps({"step": step + 1, "loss": value, "grad_norm": float(norm)}) + "\n")
-            bar.set_postfix_str(f"loss {value:.3f}")
-    model.eval()
+    bar = tqdm(initial=done, total=config.steps, desc="student", unit="step", disable=quiet, dynamic_ncols=True)
+    model.train()
+    for step, batch in enumerate(itertools.islice(shuffled(usable, config), done, config.steps), done):
+        torch.manual_seed(config.seed * 10**6 + step)  # dropout: by the step, so that a resumed run draws the same
+        parts, loss_of = lessons(batch, step)
+        optimizer.zero_grad()
+        loss = ranks.backward(student.call, loss_of, parts, nothing)
+        norm = parallel.clip_gradients(model, 1.0)
+        if not math.isfinite(loss + norm):
+            raise grm.TaskError(f"step {step + 1}: loss {loss}, gradient norm {norm}; lower the learning rate (--lr)")
+        for group in optimizer.param_groups:
+            group["lr"] = config.lr * schedule(step)
+        optimizer.step()
+        if not ranks.rank:
+            with open(log, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step + 1, "loss": loss, "grad_norm": norm}) + "\n")
+        bar.set_postfix_str(f"loss {loss:.3f}")
+        bar.update()
+        stop = ranks.stopping()
+        if stop or (config.save_every and (step + 1) % config.save_every == 0):
+            state = {"step": step + 1, "config": asdict(config)}
+            checkpoints.save(step + 1, model, optimizer, lambda state=state: state | {"log_size": log.stat().st_size})
+        if stop:
+            raise parallel.Stopped(f"stopped after step {step + 1}; saved. The same command goes on from there")
+    bar.close()
+    student.finish()
     return time.perf_counter() - start
+
+
+def resume(config, checkpoints, model, optimizer, log):
+    """Take up the newest checkpoint of OUT, if there is one; returns the number of steps that are done."""
+    path = checkpoints.newest()
+    if path is None:
+        checkpoints.ranks.first(lambda: log.write_text(""))
+        return 0
+    try:
+        state = checkpoints.read(path)
+        if names := parallel.differing(asdict(config), state.get("config", {}), FREE):
+            raise grm.TaskError(f"--out {config.out}: holds another run ({names}); choose another folder, or delete it")
+        checkpoints.load(path, model, optimizer)
+    except parallel.CheckpointError as error:
+        raise grm.TaskError(f"{error}; delete {config.out} to begin again") from None
+    checkpoints.ranks.first(lambda: os.truncate(log, min(state["log_size"], log.stat().st_size)))
+    if not checkpoints.ranks.rank:
+        tqdm.write(f"resumed {path}")
+    return state["step"]
 
 
 # Stage 3: side by side ------------------------------------------------------------------------------------------------
@@ -714,7 +814,7 @@ def main():
         records, tests = read_pairs(config, task)
         ranks = parallel.Ranks()
         make_folder("out", config.out)
-        student = make_student(config, task)
+        student = make_student(config, task, ranks)
         teacher = None if config.loss == "gold" else Teacher(config, task, ranks)
         if student.reasons:
             check_vocabularies(teacher.tokenizer, student.tokenizer, config.loss)
@@ -724,10 +824,15 @@ def main():
         probs_NY, traces = teacher.labels(records) if teacher else (None, None)
         summary = {"config": asdict(config), "teacher_s": time.perf_counter() - start}
         # Stage 2: the student learns it
+        ranks.stop_on_signals(lambda: ranks.rank or tqdm.write("stopping after this step; once more to stop at once, unsaved"))
         summary["training_s"] = train(config, ranks, teacher, student, records, probs_NY, traces)
         # Stage 3: side by side
         if ranks.rank == 0:
             finish(config, task, teacher, student, tests, summary)
+        ranks.leave()
+    except parallel.Stopped as stopped:
+        if ranks.rank == 0:
+            tqdm.write(f"{stopped}")
         ranks.leave()
     except (grm.TaskError, OSError) as error:
         if os.environ.get("RANK", "0") != "0":
@@ -748,6 +853,7 @@ def finish(config, task, teacher, student, tests, summary):
     summary["student"] = evaluate(task, student, tests)
     summary["evaluation_s"] = time.perf_counter() - start
     (Path(config.out) / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    shutil.rmtree(Path(config.out) / "checkpoints", ignore_errors=True)
     print_table(summary)
     asked = f"teacher {summary['teacher_s']:.0f} s, " if teacher else ""
     print(f"\n{config.out}/model: the student; {asked}training {summary['training_s']:.0f} s")

@@ -4,22 +4,26 @@
 the decision to stop) is summed or gathered, so results do not depend on the number of ranks beyond rounding:
 
     ranks = Ranks(timeout_s=1800)                                # one process without torchrun
-    policy = ranks.shard(skeleton, weights, half=True)           # FSDP2: float32 master weights, bf16 compute
+    model, call = ranks.shard(load, half=True)                   # FSDP2: float32 master weights, bf16 compute
     mine = batch[ranks.share(len(batch))]
-    loss = policy(lambda: loss_of(mine)); loss.backward()        # gradients are summed over the ranks, not averaged
-    total = ranks.sum([float(loss)])[0]
-    save_tensors(folder, named_tensors)                          # whatever is sharded, in safetensors; any number of ranks
-    load_tensors(folder, named_tensors)                          # may read it
+    loss = ranks.backward(call, loss_of, micro_batches(mine), nothing)    # gradients are summed over ranks, not averaged
+    norm = clip_gradients(model, 1.0); optimizer.step()
+    checkpoints = Checkpoints("runs/x/checkpoints", ranks)       # safetensors and JSON; any number of ranks may go on
+    checkpoints.save(step, model, optimizer, lambda: {"step": step})
 
-Whatever travels between ranks is a tensor or JSON. This file needs torch, numpy and safetensors only; copy it alone.
+Whatever travels between ranks is a tensor or JSON. This file needs torch and safetensors only; copy it alone.
 """
 
 import contextlib
 import json
 import os
+import shutil
+import signal
 import sys
 import warnings
 from datetime import timedelta
+from functools import partial
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -41,7 +45,7 @@ class Ranks:
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         if shard_size and self.world % shard_size:
             raise ValueError(f"shard_size {shard_size}: does not divide the {self.world} ranks")
-        cuda, self.mesh = torch.cuda.is_available(), None
+        cuda, self.mesh, self._asked_to_stop = torch.cuda.is_available(), None, False
         self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
         if cuda:
             torch.cuda.set_device(self.device)
@@ -62,16 +66,6 @@ class Ranks:
             # nodes, each counts its own restarts: there, torchrun wants TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, a fresh store.)
             store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
-
-    def leave(self):
-        """End this process, one of several, with exit code 0; without others, do nothing.
-
-        Not by way of the interpreter: now and then threads of the process group abort it on its way out.
-        """
-        if self.world > 1:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(0)
 
     # Shares, sums, gathers
 
@@ -110,15 +104,6 @@ class Ranks:
         """Until every rank is here."""
         self.gather_json(None)
 
-    def sum_gradients(self, model):
-        """Add up the ranks' gradients of a model that each of them holds whole; a missing gradient counts as zeros."""
-        if self.world > 1:
-            grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
-            flat = torch.cat([grad.flatten() for grad in grads])
-            dist.all_reduce(flat)
-            for p, part in zip(model.parameters(), flat.split([grad.numel() for grad in grads]), strict=True):
-                p.grad = part.view_as(p)
-
     def first(self, work):
         """Rank 0 calls `work`; an OSError there is raised on every rank."""
         error = None
@@ -130,26 +115,77 @@ class Ranks:
         if error := self.gather_json(error)[0]:
             raise OSError(error)
 
+    # The end of it
+
+    def stop_on_signals(self, say):
+        """From now on, SIGTERM and SIGINT to any rank make `stopping` true; a second one ends the process as ever.
+        say: called, without arguments, when the first one comes."""
+
+        def on_signal(number, frame):
+            self._asked_to_stop = True
+            signal.signal(number, signal.SIG_DFL)
+            say()
+
+        signal.signal(signal.SIGINT, on_signal)
+        signal.signal(signal.SIGTERM, on_signal)
+
+    def stopping(self):
+        """Whether any rank has been asked to stop; all ranks get the same answer."""
+        return bool(self.max(self._asked_to_stop))
+
+    def leave(self):
+        """End this process, one of several, with exit code 0; without others, do nothing.
+
+        Not by way of the interpreter: now and then threads of the process group abort it on its way out.
+        """
+        if self.world > 1:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(0)
+
     # Models
 
-    def shard(self, skeleton, weights, half=False):
-        """Shard a Hugging Face model over the ranks with FSDP2; returns the module through which losses are computed.
+    def shard(self, load, half=False):
+        """(model, call): a Hugging Face model to train, in float32 master weights; with several ranks, FSDP2 shards it.
 
-        skeleton: the model on the meta device, on every rank; it becomes the sharded one, with float32 master weights.
-        weights: the loaded model on rank 0's CPU, None elsewhere: no other rank ever holds it whole. half: compute in
-        bfloat16, reduce gradients in float32. Call the result with a function: FSDP gathers the weights of the head and
-        the embedding around it, and those of each layer around the layer.
+        load: gives the model in float32 on a device; of several ranks only the first loads its weights (on "cpu"), all
+        load "meta", the architecture alone. half: compute in bfloat16, reduce gradients in float32. Compute losses as
+        call(function): FSDP gathers the weights of head and embedding around it, and those of each layer around the layer.
         """
-        policy, dtype = _Policy(skeleton), torch.bfloat16 if half else None
+        if self.world == 1:
+            return load(self.device), partial(_call, self.device, half)
+        weights, model = None if self.rank else load("cpu"), load("meta")
+        policy, dtype = _Policy(model), torch.bfloat16 if half else None
         settings = {"mesh": self.mesh, "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)}
-        for module in (*skeleton.base_model.layers, policy):
+        for module in (*decoder_layers(model), policy):
             fully_shard(module, **settings)
         for module in policy.modules():
             if isinstance(module, FSDPModule):  # losses are divided by global counts, so gradients are summed
                 module.set_gradient_divide_factor(1.0)
                 module.set_force_sum_reduction_for_comms(True)
-        self._fill(skeleton, weights)
-        return policy
+        self._fill(model, weights)
+        return model, policy
+
+    def whole(self, load, model, half=False):
+        """The model as each rank needs it to sample from or to save: a whole copy, in bfloat16 if `half`;
+        itself, where it is whole and in the right precision already. Every rank must call it."""
+        return whole_copy(load("meta"), model, half) if half or self.world > 1 else model
+
+    def passes(self, parts):
+        """This rank's micro-batches, and None until it has as many as the rank with most: FSDP's gathers need all ranks."""
+        return [*parts, *[None] * (self.max(len(parts)) - len(parts))]
+
+    def backward(self, call, loss_of, parts, nothing):
+        """Add up the gradients of loss_of(part) over this rank's micro-batches and all ranks; returns the sum of the losses.
+
+        call: from `shard`. nothing: a function that gives a loss of 0 through all weights, for ranks with fewer parts.
+        """
+        total = 0.0
+        for part in self.passes(parts):
+            loss = call(nothing if part is None else partial(loss_of, part))
+            loss.backward()
+            total += float(loss.detach())
+        return self.sum([total])[0]
 
     @torch.no_grad()
     def _fill(self, model, weights):
@@ -177,6 +213,23 @@ class _Policy(torch.nn.Module):
 
     def forward(self, work):
         return work()
+
+
+def _call(device, half, work):
+    with torch.autocast(device.type, torch.bfloat16, enabled=half):
+        return work()
+
+
+def decoder_layers(model):
+    """The layers of a Hugging Face transformer: `layers`, or (BERT and its kind) its longest list of modules."""
+    lists = (m for m in model.modules() if isinstance(m, torch.nn.ModuleList))
+    return getattr(model.base_model, "layers", None) or max(lists, key=len)
+
+
+def clip_gradients(model, max_norm):
+    """Clip the gradients of a model, sharded or not, to a global norm; returns the norm before, a float."""
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    return float(norm.full_tensor() if is_sharded(norm) else norm)
 
 
 def is_sharded(x):
@@ -293,8 +346,102 @@ def memory_plan(
 # Checkpoints ----------------------------------------------------------------------------------------------------------
 
 
+class Stopped(Exception):  # noqa: N818 (it is no error)
+    """The run was asked to stop, and has saved."""
+
+
+def differing(config, former, free=()):
+    """The settings of another run (dicts) that are not this one's, as flags; those named in `free` do not count."""
+    names = (name for name in config if name not in free and former.get(name) != config[name])
+    return ", ".join(f"--{name} {former.get(name)}" for name in names)
+
+
 class CheckpointError(OSError):
     """A checkpoint that cannot be written or read."""
+
+
+class Checkpoints:
+    """The checkpoints of a run, FOLDER/NNNNNN: each whole or not there at all, the newest `keep` of them.
+
+    Weights and moments (of AdamW) are safetensors, each rank's parts a file, which any number of ranks may read; the rest
+    is state.json, written last, with the sizes of the other files.
+    """
+
+    def __init__(self, folder, ranks, keep=2):
+        self.folder, self.ranks, self.keep = Path(folder), ranks, keep
+
+    def newest(self):
+        """The folder of the newest checkpoint, or None."""
+        return max(self._all(), default=None)
+
+    def _all(self):
+        return sorted(path.parent for path in self.folder.glob("[0-9]*/state.json"))
+
+    def save(self, number, model, optimizer, state):
+        """Write a checkpoint: beside its place, and renamed when it is complete. Every rank must call it.
+
+        state: gives, on rank 0, once the tensors are written, what else to keep, as JSON.
+        Raises CheckpointError, on every rank, if it cannot be written; the former ones are untouched.
+        """
+        unfinished = self.folder / "unfinished"
+        try:
+            self.ranks.first(lambda: (shutil.rmtree(unfinished, ignore_errors=True), unfinished.mkdir(parents=True)))
+            save_tensors(unfinished, _training_tensors(model, optimizer))
+            updates = max((float(moments["step"]) for moments in optimizer.state.values()), default=0.0)
+            self.ranks.first(lambda: self._complete(number, state() | {"updates": updates}))
+        except OSError as error:
+            self.ranks.first(lambda: shutil.rmtree(unfinished, ignore_errors=True))
+            raise CheckpointError(str(error)) from error
+
+    def _complete(self, number, state):
+        unfinished, path = self.folder / "unfinished", self.folder / f"{number:06d}"
+        state["files"] = {file.name: file.stat().st_size for file in unfinished.iterdir()}
+        with open(unfinished / "state.json", "w", encoding="utf-8") as file:
+            file.write(json.dumps(state) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        shutil.rmtree(path, ignore_errors=True)
+        os.replace(unfinished, path)
+        for old in self._all()[: -self.keep]:
+            self._discard(old)
+
+    def _discard(self, path):
+        os.replace(path, self.folder / "unfinished")  # so that none is ever there in part
+        shutil.rmtree(self.folder / "unfinished")
+
+    def read(self, path):
+        """The state that `save` was given. Raises CheckpointError if it, or a file that belongs to it, is damaged."""
+        try:
+            state = json.loads((Path(path) / "state.json").read_text(encoding="utf-8"))
+            for name, size in state["files"].items():
+                if not (Path(path) / name).is_file() or (Path(path) / name).stat().st_size != size:
+                    raise CheckpointError(f"{path}: {name} is missing, or not whole")
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise CheckpointError(f"{path}: its state.json is damaged") from None
+        return state
+
+    def load(self, path, model, optimizer):
+        """Fill a model and its optimizer from a checkpoint. Raises CheckpointError, on every rank, where they do not fit."""
+        load_tensors(path, _training_tensors(model, optimizer))
+        for moments in optimizer.state.values():
+            moments["step"].fill_(self.read(path)["updates"])
+
+    def forget_after(self, path):
+        """Remove the checkpoints newer than `path` (on rank 0), which a run that goes on from there makes again."""
+        for other in self._all():
+            if other.name > Path(path).name:
+                self._discard(other)
+
+
+def _training_tensors(model, optimizer):
+    """Weights and AdamW's moments by name. Missing moments are made."""
+    out = {}
+    for name, p in model.named_parameters():
+        state = optimizer.state[p]
+        if "exp_avg" not in state:
+            state |= {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+        out |= {f"model.{name}": p.detach(), f"exp_avg.{name}": state["exp_avg"], f"exp_avg_sq.{name}": state["exp_avg_sq"]}
+    return out
 
 
 def save_tensors(folder, tensors):

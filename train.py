@@ -27,7 +27,6 @@ import json
 import math
 import os
 import shutil
-import signal
 import sys
 import time
 from collections import Counter
@@ -237,25 +236,20 @@ FREE = {"out", "plan", "gpus", "gpu_gb", "max_tokens", "cache_tokens", "save_eve
         "timeout", "shard_size", "activation_checkpointing"}  # fmt: skip
 
 
-class Stopped(Exception):  # noqa: N818 (it is no error)
-    """The run was asked to stop, and has saved."""
-
-
 class Run:
     """A run's models, optimizer, logs and place in the story; `save` and `resume` carry all of it."""
 
     def __init__(self, config, ranks):
         self.config, self.ranks, self.out = config, ranks, Path(config.out)
-        self.stage, self.step, self.stop, self.summary = "sft", 0, False, {}
+        self.stage, self.step, self.summary = "sft", 0, {}
         self.skipped, self.bad_steps = 0, 0  # steps without an update: in all, and the last ones in a row
         self.task = grm.Task.load(config.task)
-        self.checkpoint = self.find_checkpoint()
+        self.checkpoints = parallel.Checkpoints(self.out / "checkpoints", ranks, config.keep)
+        checkpoint = self.find_checkpoint()
         self.half = ranks.device.type == "cuda"  # bf16 compute and sampling over float32 master weights
-        self.model, self.policy, self.tokenizer = self.load(config.model)
-        self.sampler, self.reference = self.model, None
-        if self.half or ranks.world > 1:  # else the policy itself samples
-            skeleton = rollout.use_tree_attention(grm.load_model(config.model, "meta")[0])
-            self.sampler = parallel.whole_copy(skeleton, self.model, self.half)
+        load, self.tokenizer = partial(self.load, config.model), grm.load_model(config.model, "meta")[1]
+        self.model, self.call = ranks.shard(load, self.half)
+        self.sampler, self.reference = ranks.whole(load, self.model, self.half), None
         # 16: room to force the box's opening behind an answer that did not end
         room = self.model.config.max_position_embeddings - config.max_new_tokens - 16
         if room < 1:
@@ -268,8 +262,8 @@ class Run:
             ranks.first(lambda: self.out.mkdir(parents=True, exist_ok=True))
         except OSError as error:
             raise grm.TaskError(f"--out {error}") from None
-        if self.checkpoint:
-            self.resume()
+        if checkpoint:
+            self.resume(checkpoint)
         elif ranks.rank == 0:
             for name in ("metrics", "timing", "samples"):
                 (self.out / f"{name}.jsonl").write_text("")
@@ -283,7 +277,7 @@ class Run:
 
     def find_checkpoint(self):
         """The checkpoint to go on from, or None for a fresh start. TaskError if OUT holds another run or a finished one."""
-        path, resume = self.out / "config.json", self.config.resume
+        path, config, resume = self.out / "config.json", self.config, self.config.resume
         if self.out.exists() and not self.out.is_dir():
             raise grm.TaskError(f"--out {self.out}: not a folder")
         if not path.exists() and self.out.exists() and any(self.out.iterdir()):
@@ -293,7 +287,7 @@ class Run:
                 former = json.loads(path.read_text(encoding="utf-8"))
             except ValueError as error:
                 raise grm.TaskError(f"{path}: not JSON ({error}); choose another --out") from None
-            if names := self.differing(former):
+            if names := parallel.differing(asdict(config), former, FREE):
                 raise grm.TaskError(f"--out {self.out}: holds another run ({names}); choose another folder, or delete it")
             if (self.out / "summary.json").exists():
                 raise grm.TaskError(f"--out {self.out}: holds this run, finished; choose another folder, or delete it")
@@ -303,31 +297,12 @@ class Run:
             if not (Path(resume) / "state.json").is_file():
                 raise grm.TaskError(f"--resume {resume}: not a checkpoint (they are in OUT/checkpoints); auto takes the newest")
             return Path(resume)
-        return max(self.checkpoints(), default=None)
+        return self.checkpoints.newest()
 
-    def differing(self, former):
-        """The settings of another run that are not this one's, as flags; those of FREE do not count."""
-        mine = asdict(self.config)
-        return ", ".join(f"--{name} {former.get(name)}" for name in mine if name not in FREE and former.get(name) != mine[name])
-
-    def checkpoints(self):
-        """The folders of OUT/checkpoints that are complete, the oldest first: they are named by the steps done."""
-        return sorted(path.parent for path in (self.out / "checkpoints").glob("[0-9]*/state.json"))
-
-    def load(self, source):
-        """(model, how to call it, tokenizer) from a folder or hub name: under tree attention, sharded over several ranks."""
-        seed, ranks = self.config.seed, self.ranks
-        if ranks.world == 1:
-            model, tokenizer = grm.load_model(source, seed=seed)
-        else:  # rank 0 alone reads the weights
-            weights, tokenizer = grm.load_model(source, "meta" if ranks.rank else "cpu", seed=seed)
-            model = grm.load_model(source, "meta")[0]
-        rollout.use_tree_attention(model)
-        if self.config.activation_checkpointing:
-            checkpoint_layers(model)
-        if ranks.world == 1:
-            return model, lambda work: work(), tokenizer
-        return model, ranks.shard(model, None if ranks.rank else weights, self.half), tokenizer
+    def load(self, source, device):
+        """A model from a folder or hub name, on a device, under tree attention."""
+        model = rollout.use_tree_attention(grm.load_model(source, device, seed=self.config.seed)[0])
+        return checkpoint_layers(model) if self.config.activation_checkpointing else model
 
     def new_optimizer(self):
         """AdamW over float32 master weights; each stage starts with a fresh one."""
@@ -336,34 +311,20 @@ class Run:
         )
 
     def backward(self, loss_of, slices):
-        """Accumulate gradients over micro-batches; returns the loss, summed over them and all ranks."""
-        self.optimizer.zero_grad()
-        total, eos = 0.0, self.tokens.eos_id
+        """Gradients of the loss, summed over micro-batches and all ranks; returns that loss."""
+        eos = self.tokens.eos_id
         nothing = lambda: 0 * self.answer_logprobs(self.model, [[eos]], [[[eos]]])[0].sum()
-        for part in self.passes(slices):
-            with self.autocast():
-                loss = self.policy(partial(loss_of, part) if part else nothing)
-            loss.backward()
-            total += float(loss.detach())
-        return self.ranks.sum([total])[0]
-
-    def passes(self, slices):
-        """This rank's micro-batches, and None until it has as many as the rank with most: FSDP's gathers need all ranks."""
-        return [*slices, *[None] * (self.ranks.max(len(slices)) - len(slices))]
-
-    def autocast(self):
-        """bf16 compute of a single process on CUDA; FSDP has its own."""
-        return torch.autocast("cuda", torch.bfloat16, enabled=self.half and self.ranks.world == 1)
+        self.optimizer.zero_grad()
+        return self.ranks.backward(self.call, loss_of, slices, nothing)
 
     @torch.no_grad()
     def reference_logprobs(self, prompts, answers, width):
         """Log-probabilities [N, width] of the answers under the model at the start of RL."""
         config, (model, call), G = self.config, self.reference, self.config.group_size
         out_NT, eos = torch.zeros(len(prompts) * G, width, device=model.device), self.tokens.eos_id
-        for part in self.passes(rollout.micro_batches(prompts, answers, config.max_tokens)):
+        for part in self.ranks.passes(rollout.micro_batches(prompts, answers, config.max_tokens)):
             texts = (prompts[part], answers[part]) if part else ([[eos]], [[[eos]]])
-            with self.autocast():
-                logprobs_A, _, tree = call(lambda texts=texts: self.answer_logprobs(model, *texts, config.temperature))
+            logprobs_A, _, tree = call(partial(self.answer_logprobs, model, *texts, config.temperature))
             if part:
                 rows_NT = tree.to_rows(logprobs_A)
                 out_NT[part.start * G : part.stop * G, : rows_NT.shape[1]] = rows_NT
@@ -375,8 +336,7 @@ class Run:
         A step whose loss or gradient is not finite is skipped on all ranks (both are global, so all see the same);
         grm.TaskError after max_bad_steps in a row.
         """
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
-        norm = float(norm.full_tensor() if parallel.is_sharded(norm) else norm)
+        norm = parallel.clip_gradients(self.model, self.config.max_grad_norm)
         if not math.isfinite(loss + norm):
             self.skipped, self.bad_steps = self.skipped + 1, self.bad_steps + 1
             if self.bad_steps >= self.config.max_bad_steps:
@@ -395,7 +355,7 @@ class Run:
 
     def last_checkpoint(self):
         """A sentence for those whose run ends here."""
-        saved = max(self.checkpoints(), default=None)
+        saved = self.checkpoints.newest()
         return f"The last checkpoint is {saved}" if saved else "No checkpoint was saved yet"
 
     def answer_logprobs(self, model, prompts, answers, temperature=1.0):
@@ -416,16 +376,6 @@ class Run:
                 if isinstance(value, float):
                     self.board.add_scalar(f"{record['stage']}/{key}", value, record["step"])
 
-    def tensors(self):
-        """Weights and AdamW's moments by name: what a checkpoint holds in safetensors. Missing moments are made."""
-        out = {}
-        for name, p in self.model.named_parameters():
-            state = self.optimizer.state[p]
-            if "exp_avg" not in state:
-                state |= {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-            out |= {f"model.{name}": p.detach(), f"exp_avg.{name}": state["exp_avg"], f"exp_avg_sq.{name}": state["exp_avg_sq"]}
-        return out
-
     def fingerprint(self):
         """Of the task's criteria and training data and of the model's tokens: a checkpoint of others is refused."""
         digest = hashlib.sha256(self.tokenizer.backend_tokenizer.to_str().encode())
@@ -435,81 +385,53 @@ class Run:
         return digest.hexdigest()
 
     def save(self):
-        """Write a checkpoint, whole or not at all: beside its place, and renamed when it is complete."""
-        folder = self.out / "checkpoints"
+        """Write a checkpoint; grm.TaskError if that cannot be."""
         done = self.step + (self.config.sft_steps if self.stage != "sft" else 0)
-        unfinished, path = folder / "unfinished", folder / f"{done:06d}"
         try:
-            self.ranks.first(lambda: (shutil.rmtree(unfinished, ignore_errors=True), unfinished.mkdir(parents=True)))
-            parallel.save_tensors(unfinished, self.tensors())
-            self.ranks.first(lambda: self.complete(unfinished, path))
-        except OSError as error:
-            self.ranks.first(lambda: shutil.rmtree(unfinished, ignore_errors=True))
+            self.checkpoints.save(done, self.model, self.optimizer, self.state)
+        except parallel.CheckpointError as error:
             raise grm.TaskError(f"{error}. {self.last_checkpoint()}") from error
 
-    def complete(self, unfinished, path):
-        """The rest of a checkpoint (on rank 0): its state as JSON, its name; older ones go."""
+    def state(self):
+        """What a checkpoint holds beside tensors."""
         sizes = {}
         for name in ("metrics", "timing", "samples"):
             with open(self.out / f"{name}.jsonl", "a") as file:
                 os.fsync(file)
                 sizes[name] = file.tell()
-        updates = max((float(state["step"]) for state in self.optimizer.state.values()), default=0.0)
-        state = {"stage": self.stage, "step": self.step, "summary": self.summary, "log_sizes": sizes, "updates": updates}
-        state |= {"skipped": self.skipped, "bad_steps": self.bad_steps, "fingerprint": self.fingerprint()}
-        state["config"] = asdict(self.config)
+        state = {name: getattr(self, name) for name in ("stage", "step", "summary", "skipped", "bad_steps")}
+        state |= {"log_sizes": sizes, "fingerprint": self.fingerprint(), "config": asdict(self.config)}
         if self.curriculum:
             state["pass_rates"] = {"right": self.curriculum.right.tolist(), "seen": self.curriculum.seen.tolist()}
-        with open(unfinished / "state.json", "w", encoding="utf-8") as file:
-            file.write(json.dumps(state) + "\n")
-            file.flush()
-            os.fsync(file)
-        shutil.rmtree(path, ignore_errors=True)
-        os.replace(unfinished, path)
-        for old in self.checkpoints()[: -self.config.keep]:
-            self.discard(old)
+        return state
 
-    def discard(self, path):
-        """Remove a checkpoint; renamed first, so that none is ever there in part."""
-        os.replace(path, path.parent / "unfinished")
-        shutil.rmtree(path.parent / "unfinished")
-
-    def resume(self):
-        """Take up weights, optimizer, stage, step and logs from self.checkpoint, which any number of ranks may have written."""
-        path = self.checkpoint
+    def resume(self, path):
+        """Take up weights, optimizer, stage, step and logs from a checkpoint, which any number of ranks may have written."""
+        hint = "if it is damaged, or of another model, name an older one: --resume FOLDER"
         try:
-            state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-            fingerprint, names = state["fingerprint"], self.differing(state["config"])
-        except (ValueError, KeyError, TypeError):
-            raise grm.TaskError(f"{path}: its state.json is damaged; name an older checkpoint: --resume FOLDER") from None
-        if fingerprint != self.fingerprint():
-            raise grm.TaskError(f"{path}: a checkpoint of another task or tokenizer; choose another --out or --resume off")
-        if names:
-            raise grm.TaskError(f"{path}: a checkpoint of a run with other settings ({names})")
-        try:
-            parallel.load_tensors(path, self.tensors())
+            state = self.checkpoints.read(path)
+            if state.get("fingerprint") != self.fingerprint():
+                raise grm.TaskError(f"{path}: a checkpoint of another task or tokenizer; choose another --out or --resume off")
+            if names := parallel.differing(asdict(self.config), state["config"], FREE):
+                raise grm.TaskError(f"{path}: a checkpoint of a run with other settings ({names})")
+            self.checkpoints.load(path, self.model, self.optimizer)
         except parallel.CheckpointError as error:
-            hint = "is it of another model? If it is damaged, or a file is missing, name an older one: --resume FOLDER"
             raise grm.TaskError(f"{error}; {hint}") from error
-        for moments in self.optimizer.state.values():
-            moments["step"].fill_(state["updates"])
         if self.sampler is not self.model:
             parallel.copy_weights(self.sampler, self.model)
         for name in ("stage", "step", "summary", "skipped", "bad_steps"):
             setattr(self, name, state[name])
         for name, values in state.get("pass_rates", {}).items():
             setattr(self.curriculum, name, np.array(values))
-        self.ranks.first(lambda: self.go_back(state["log_sizes"]))
+        self.ranks.first(lambda: self.go_back(path, state["log_sizes"]))
         self.say(f"resumed {path} at {self.stage} step {self.step}")
 
-    def go_back(self, sizes):
+    def go_back(self, path, sizes):
         """Forget, in OUT, what came after the checkpoint (on rank 0): it is done again."""
         for name, size in sizes.items():
             with open(self.out / f"{name}.jsonl", "a") as file:
                 file.truncate(min(size, file.tell()))
-        for path in self.checkpoints():
-            if path.name > self.checkpoint.name:
-                self.discard(path)
+        self.checkpoints.forget_after(path)
 
     def say(self, text):
         """A line for the terminal, once for all ranks."""
@@ -558,20 +480,23 @@ class Run:
             self.step += 1
             bar.set_postfix_str(describe())
             bar.update()
-            stop = self.ranks.max(self.stop)  # any rank may have been asked
+            stop = self.ranks.stopping()
             if stop or (self.config.save_every and self.step % self.config.save_every == 0):
                 self.save()
             if stop:
                 bar.close()
-                raise Stopped(f"stopped after {self.stage} step {self.step}; saved. The same command goes on from there")
+                raise parallel.Stopped(
+                    f"stopped after {self.stage} step {self.step}; saved. The same command goes on from there"
+                )
         bar.close()
 
 
 def checkpoint_layers(model):
-    """Keep only the inputs of the decoder layers for the backward pass, and compute the rest of them again."""
+    """Keep only the inputs of a model's layers for the backward pass, and compute the rest again; returns the model."""
     model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     for layer in model.base_model.layers:
         layer.training = True  # of the layer alone: transformers checkpoints in train mode, while dropout stays off
+    return model
 
 
 def sft(run):
@@ -672,7 +597,7 @@ def rl(run):
     last = {"accuracy": np.mean([m["accuracy"] for m in before.values()])}
     if config.kl_coef:
         start = run.out / "sft" if (run.out / "sft").exists() else config.model
-        run.reference = run.load(start)[:2]
+        run.reference = run.ranks.shard(partial(run.load, start), run.half)
     describe = lambda: f"reward {last['reward']:.2f}, accuracy {last['accuracy']:.3f}, {last['tok_s']:.0f} tok/s"
     for step in run.steps(config.rl_steps, describe):
         started = time.perf_counter()
@@ -857,17 +782,10 @@ def main():
             return None if int(os.environ.get("RANK", 0)) else print_plan(config)
         ranks = parallel.Ranks(config.timeout, config.shard_size)
         run = Run(config, ranks)
-
-        def on_signal(number, frame):
-            run.stop = True  # the step under way is finished and saved first
-            signal.signal(number, signal.SIG_DFL)
-            run.say("stopping after this step; once more to stop at once, unsaved")
-
-        signal.signal(signal.SIGINT, on_signal)
-        signal.signal(signal.SIGTERM, on_signal)
+        ranks.stop_on_signals(lambda: run.say("stopping after this step; once more to stop at once, unsaved"))
         try:
             story(run)
-        except Stopped as stopped:
+        except parallel.Stopped as stopped:
             run.say(f"{stopped}")
         if run.board:
             run.board.close()

@@ -30,7 +30,7 @@ PLACES = {
     "sample": (rollout, "sample"),
     "backward": (train.Run, "backward"),
     "save": (parallel, "save_tensors"),
-    "complete": (train.Run, "complete"),
+    "complete": (parallel.Checkpoints, "_complete"),
     "export": (train.Run, "export"),
 }
 
@@ -65,12 +65,12 @@ def count_lost():
     """Let each resumption note how many lines of metrics.jsonl it forgets."""
     original = train.Run.go_back
 
-    def go_back(self, sizes):
-        path = self.out / "metrics.jsonl"
-        before = len(path.read_bytes().splitlines())
-        original(self, sizes)
+    def go_back(self, path, sizes):
+        log = self.out / "metrics.jsonl"
+        before = len(log.read_bytes().splitlines())
+        original(self, path, sizes)
         with open(f"{self.out}.resumed", "a") as file:
-            file.write(f"{before - len(path.read_bytes().splitlines())}\n")
+            file.write(f"{before - len(log.read_bytes().splitlines())}\n")
 
     train.Run.go_back = go_back
 

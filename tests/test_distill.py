@@ -535,7 +535,7 @@ def test_classifier_loads_in_the_usual_libraries(task, monkeypatch):
     assert {"ms_per_pair_batch_1", "ms_per_pair_batch_64", "parameters"} <= set(summary["teacher"])
     records = grm.Task.load(task).read(task / "test_random.jsonl")[:5]
     config = distill.parse_config([*arguments(task), f"--out={out / 'none'}", f"--student={out / 'model'}"])
-    expected = distill.make_student(config, grm.Task.load(task)).predict(records)
+    expected = distill.make_student(config, grm.Task.load(task), parallel.Ranks()).predict(records)
     pairs = [(r["query"], r["document"]) for r in records]
     scores = CrossEncoder(str(out / "model"), device="cpu").predict(pairs, apply_softmax=True)
     texts = [{"text": query, "text_pair": document} for query, document in pairs]
@@ -553,7 +553,8 @@ def test_causal_student_scores_with_grm(task, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["grm.py", *map(str, flags)])
     grm.main()
     config = distill.parse_config([*arguments(task), f"--out={out / 'none'}", f"--student={out / 'model'}"])
-    expected = distill.make_student(config, grm.Task.load(task)).predict(grm.Task.load(task).read(task / "test_random.jsonl"))
+    loaded = grm.Task.load(task)
+    expected = distill.make_student(config, loaded, parallel.Ranks()).predict(loaded.read(task / "test_random.jsonl"))
     for line, prediction in zip(scored.read_text().splitlines(), expected, strict=True):
         assert json.loads(line)["probs"] == pytest.approx(prediction["probs"], abs=1e-5)
 
@@ -564,7 +565,7 @@ def test_token_losses_train_a_copy_towards_the_teacher(task, monkeypatch, loss):
     teacher, records, answers, _ = scripted_teacher(task, monkeypatch)
     settings = arguments(task, f"--loss={loss}", f"--student={task / 'model'}", "--steps=8", "--lr=3e-3", "--seed=3")
     config = distill.parse_config(settings)
-    student = distill.make_student(config, teacher.tokens.task)
+    student = distill.make_student(config, teacher.tokens.task, parallel.Ranks())
     distill.check_vocabularies(teacher.tokenizer, student.tokenizer, loss)
     prompts = teacher.tokens.prompts(records)
     assert float(distill.token_loss(config, teacher, teacher, prompts, answers)) == pytest.approx(0, abs=1e-6)
@@ -579,7 +580,7 @@ def test_on_policy_uses_the_students_own_samples(task, monkeypatch):
     teacher, records, answers, _ = scripted_teacher(task, monkeypatch)
     monkeypatch.undo()
     config = distill.parse_config(arguments(task, "--loss=reverse", "--on_policy", f"--student={task / 'model'}", "--steps=2"))
-    student, seen = distill.make_student(config, teacher.tokens.task), []
+    student, seen = distill.make_student(config, teacher.tokens.task, parallel.Ranks()), []
     sample = rollout.sample
     monkeypatch.setattr(rollout, "sample", lambda model, *a, **k: (seen.append((model, k["step"])), sample(model, *a, **k))[1])
     Path(config.out).mkdir()
@@ -597,6 +598,30 @@ def test_same_seed_same_bytes_and_gold_alone(task, monkeypatch):
     config = distill.parse_config([*arguments(task), "--labelled=6"])
     records, _ = distill.read_pairs(config, grm.Task.load(task))
     assert [r["gold"] != distill.UNLABELLED for r in records] == [True] * 6 + [False] * 34
+
+
+@pytest.mark.parametrize("kind", ["classifier with dropout", "causal"])
+def test_a_stopped_run_goes_on_to_the_same_bytes(task, monkeypatch, kind):
+    """Stopped after step 3 of 6 and started again: metrics and weights are those of a run that was left alone."""
+    flags = [f"--student={task / 'model'}"] if kind == "causal" else []
+    path = task / "student" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"mlp_dropout": 0.3, "embedding_dropout": 0.3}))
+    flags += ["--steps=6", "--save_every=2", f"--cache={task.parent / 'cache'}"]
+    run(monkeypatch, task, *flags, f"--out={task.parent / 'calm'}")
+    out, calls, stopping = task.parent / "stopped", [], parallel.Ranks.stopping
+    monkeypatch.setattr(parallel.Ranks, "stopping", lambda ranks: calls.append(1) or len(calls) == 3)
+    with pytest.raises(FileNotFoundError):  # no summary.json
+        run(monkeypatch, task, *flags, f"--out={out}")
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["000003"]
+    monkeypatch.setattr(parallel.Ranks, "stopping", stopping)
+    with pytest.raises(SystemExit, match="another run"):
+        run(monkeypatch, task, *flags, f"--out={out}", "--lr=1")
+    with open(out / "metrics.jsonl", "a") as file:
+        file.write('{"step": 4}\n')  # done after the checkpoint, lost with a crash: done again
+    run(monkeypatch, task, *flags, f"--out={out}")
+    for name in ("metrics.jsonl", "model/model.safetensors"):
+        assert (out / name).read_bytes() == (task.parent / "calm" / name).read_bytes()
+    assert not (out / "checkpoints").exists()
 
 
 def test_calibration_error():
