@@ -41,7 +41,7 @@ import os
 import shutil
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -329,6 +329,7 @@ class Teacher:
 
     def __init__(self, config, task, ranks):
         self.config, self.ranks = config, ranks
+        task.check_model(config.teacher)
         dtype = torch.bfloat16 if ranks.device.type == "cuda" else torch.float32
         self.model, self.tokenizer = grm.load_model(config.teacher, dtype=dtype)
         rollout.use_tree_attention(self.model)
@@ -515,13 +516,10 @@ class CausalStudent(Student):
         return grm.judge(self.tokens, engine, records, explain=False)
 
     def save(self, out):
-        """OUT/model and, for a student that gives the label first, OUT/task: the criteria with that format, for grm.py."""
+        """OUT/model, with the criteria in the student's form: grm.py needs nothing else."""
         super().save(out)
-        if not self.reasons:
-            head = {"labels": self.task.labels, "relevant": self.task.relevant, "steps": [], "format": "answer-first"}
-            front = "".join(f"{name}: {json.dumps(value)}\n" for name, value in head.items())
-            (out / "task").mkdir()
-            (out / "task" / "criteria.md").write_text(f"---\n{front}---\n{self.task.criteria}\n", encoding="utf-8")
+        form = {} if self.reasons else {"steps": [], "format": "answer-first"}
+        replace(self.task, **form).save(out / "model")
 
 
 class ClassifierStudent(Student):
@@ -711,7 +709,7 @@ def train(config, ranks, teacher, student, records, probs_NY, traces):
     bar = tqdm(initial=done, total=config.steps, desc="student", unit="step", disable=quiet, dynamic_ncols=True)
     model.train()
     for step, batch in enumerate(itertools.islice(shuffled(usable, config), done, config.steps), done):
-        torch.manual_seed(config.seed * 10**6 + step)  # dropout: by the step, so that a resumed run draws the same
+        torch.manual_seed(np.random.SeedSequence([config.seed, step, ranks.rank]).generate_state(1).item())  # dropout
         parts, loss_of = lessons(batch, step)
         optimizer.zero_grad()
         loss = ranks.backward(student.call, loss_of, parts, nothing)

@@ -4,8 +4,8 @@ A task is a folder with a `criteria.md` (front matter: labels, steps, format; bo
 The model reads criteria, query and document, reasons in steps, closes each with \\boxed{label}, and one box is its answer.
 All that is trained or parsed is token ids: text is tokenised once, and ids are never decoded and encoded again.
 
-    python grm.py score --model DIR --task DIR --pairs IN.jsonl --out OUT.jsonl [--explain]
-    python grm.py judge --model DIR --task DIR "query" "document"
+    python grm.py score --model DIR --pairs IN.jsonl --out OUT.jsonl [--task DIR] [--explain]
+    python grm.py judge --model DIR "query" "document"
 
 This file needs torch, transformers (with jinja2), numpy, pyyaml and tqdm only; copy it alone.
 Shapes: N answers, Y labels.
@@ -55,7 +55,7 @@ class Task:
         """Read and check `folder`/criteria.md. Raises TaskError that names the file and the field."""
         path = Path(folder) / "criteria.md"
         if not path.is_file():
-            raise TaskError(f"{path}: not found; a task is a folder with a criteria.md")
+            raise TaskError(f"{path}: not found; --task names a folder with a criteria.md")
         try:
             text = path.read_text(encoding="utf-8-sig")
         except UnicodeDecodeError as error:
@@ -94,6 +94,21 @@ class Task:
         if "\\boxed{" not in task.criteria:
             raise TaskError(f"{path}: the criteria must tell the model to close each step with \\boxed{{label}}")
         return task
+
+    def save(self, folder):
+        """Write criteria.md into a folder: beside a model's weights, it says what the model was trained for."""
+        head = {name: getattr(self, name) for name in ("labels", "relevant", "steps", "format")}
+        front = "".join(f"{name}: {json.dumps(value)}\n" for name, value in head.items())
+        (Path(folder) / "criteria.md").write_text(f"---\n{front}---\n{self.criteria}\n", encoding="utf-8")
+
+    def check_model(self, folder):
+        """Raise TaskError if a model's folder says that it was trained for other labels or steps, or in another format."""
+        if (Path(folder) / "criteria.md").is_file():
+            theirs = Task.load(folder)
+            for name in ("format", "steps", "labels"):
+                ours, other = getattr(self, name), getattr(theirs, name)
+                if ours != other:
+                    raise TaskError(f"{folder}: was trained for {name} {other}, and {self.folder} has {ours}")
 
     @property
     def boxes(self):
@@ -592,7 +607,8 @@ def judge(tokens, engine, records, explain=True):
 
 
 def _load_for_scoring(args):
-    task = Task.load(args.task)
+    task = Task.load(args.task or args.model)
+    task.check_model(args.model)
     model, tokenizer = load_model(args.model)
     context = model.config.max_position_embeddings
     # 16: room to force the box's opening behind an answer that did not end
@@ -676,7 +692,7 @@ def main():
     )
     for sub in (score, single):
         sub.add_argument("--model", required=True, help="model folder or hub name")
-        sub.add_argument("--task", required=True, help="task folder (with criteria.md)")
+        sub.add_argument("--task", help="folder with criteria.md (default: the model's, which train.py puts beside it)")
         sub.add_argument("--max_new_tokens", type=int, default=128, help="longest answer, in tokens (default 128)")
     score.add_argument("--pairs", required=True, help="JSON Lines with query and document; a label is kept as gold")
     score.add_argument(

@@ -128,7 +128,7 @@ def parse_config(argv=None):
 # Data -----------------------------------------------------------------------------------------------------------------
 
 
-def load_data(config, task, tokens):
+def load_data(config, task, tokens, say=tqdm.write):
     """Read, check and tokenise all files of the task: {"sft": [...], "train": [...], "test_x": [...]}, with prompt ids."""
     folder, data = Path(config.task), {}
     if config.sft_coef and not (folder / "sft.jsonl").is_file():
@@ -161,7 +161,7 @@ def load_data(config, task, tokens):
         for record, prompt in zip(records, tokens.prompts(records), strict=True):
             record["prompt_ids"] = prompt
         if tokens.truncated > before:
-            tqdm.write(f"{name}: {tokens.truncated - before} of {len(records)} documents cut to fit the model's context")
+            say(f"{name}: {tokens.truncated - before} of {len(records)} documents cut to fit the model's context")
     for name, records in data.items():
         if name != "sft":  # these are sampled
             try:
@@ -169,6 +169,9 @@ def load_data(config, task, tokens):
                 rollout.fit_rows([r["prompt_ids"] for r in records], group_size, config.max_new_tokens, config.cache_tokens)
             except ValueError as error:
                 raise grm.TaskError(f"{name}: {error}") from None
+    longest = max((len(r["prompt_ids"]) for r in data.get("train", ())), default=0)
+    if longest and (need := longest + config.group_size * config.max_new_tokens) > config.max_tokens:
+        say(f"--max_tokens {config.max_tokens}: a group of answers may need {need}; it will be a micro-batch all the same")
     return data
 
 
@@ -255,7 +258,7 @@ class Run:
         if room < 1:
             raise grm.TaskError(f"--max_new_tokens {config.max_new_tokens}: leaves no room for a prompt in the model's context")
         self.tokens = grm.TokenTask(self.task, self.tokenizer, room)
-        self.data = load_data(config, self.task, self.tokens)
+        self.data = load_data(config, self.task, self.tokens, self.say)
         self.curriculum = Curriculum(self.data.get("train", []), config) if config.rl_steps else None
         self.new_optimizer()
         try:
@@ -445,6 +448,7 @@ class Run:
             temporary = self.out / f"{name}.unfinished"
             self.sampler.save_pretrained(temporary)
             self.tokenizer.save_pretrained(temporary)
+            self.task.save(temporary)
             shutil.rmtree(self.out / name, ignore_errors=True)
             os.replace(temporary, self.out / name)
 

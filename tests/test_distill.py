@@ -546,10 +546,10 @@ def test_classifier_loads_in_the_usual_libraries(task, monkeypatch):
 
 
 def test_causal_student_scores_with_grm(task, monkeypatch):
-    """OUT/task and OUT/model are what `grm.py score` takes; it reads the same labels from one prefill."""
+    """OUT/model, which holds its criteria, is all that `grm.py score` needs; it reads the same labels from one prefill."""
     run(monkeypatch, task, f"--student={task / 'model'}", "--loss=label")
     out, scored = task.parent / "out", task.parent / "scored.jsonl"
-    flags = ["score", "--model", out / "model", "--task", out / "task", "--pairs", task / "test_random.jsonl", "--out", scored]
+    flags = ["score", "--model", out / "model", "--pairs", task / "test_random.jsonl", "--out", scored]
     monkeypatch.setattr(sys, "argv", ["grm.py", *map(str, flags)])
     grm.main()
     config = distill.parse_config([*arguments(task), f"--out={out / 'none'}", f"--student={out / 'model'}"])

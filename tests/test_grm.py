@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -187,7 +188,7 @@ def test_load_needs_a_front_matter(tmp_path, text):
 
 def test_load_needs_a_readable_criteria_file(tmp_path):
     """FileNotFoundError or UnicodeDecodeError in place of a line that says what a task is."""
-    with pytest.raises(TaskError, match=r"criteria\.md: not found; a task is a folder"):
+    with pytest.raises(TaskError, match=r"criteria\.md: not found; --task names a folder"):
         Task.load(tmp_path)
     (tmp_path / "criteria.md").write_bytes(b"---\nlabels: [1, 2]\nsteps: [a]\nformat: reason-first\n---\n\xff \\boxed{1}")
     with pytest.raises(TaskError, match=r"criteria\.md"):
@@ -977,6 +978,23 @@ def test_score_refuses_a_batch_of_nothing(tmp_path, monkeypatch, capsys, batch_s
     arguments[arguments.index("--batch_size") + 1] = batch_size
     assert run(monkeypatch, *arguments, tmp_path / "out.jsonl") is not None
     assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_a_model_knows_what_it_was_trained_for(tmp_path, monkeypatch, capsys):
+    """Its folder's criteria serve where --task is not given; a task of another format is refused, other criteria are not."""
+    shutil.copytree(NOTES / "model", tmp_path / "model")
+    task = Task.load(NOTES)
+    task.save(tmp_path / "model")
+    again = Task.load(tmp_path / "model")
+    assert replace(again, folder=task.folder) == task
+    replace(task, criteria="Anything with \\boxed{grade}.").save(tmp_path)
+    arguments = [a for a in score_arguments(tmp_path) if a not in ("--model", "--task", NOTES / "model", NOTES)]
+    arguments[1:1] = ["--model", tmp_path / "model"]
+    assert run(monkeypatch, *arguments, tmp_path / "a.jsonl") is None
+    assert run(monkeypatch, *arguments[:-1], "--task", tmp_path, "--out", tmp_path / "b.jsonl") is None
+    replace(task, format="answer-first").save(tmp_path)
+    outcome = run(monkeypatch, *arguments[:-1], "--task", tmp_path, "--out", tmp_path / "c.jsonl")
+    assert "was trained for format reason-first" in outcome and not (tmp_path / "c.jsonl").exists()
 
 
 def test_judge_refuses_an_empty_query(monkeypatch, capsys):

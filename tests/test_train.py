@@ -73,6 +73,7 @@ def test_torchrun_writes_everything(task, tmp_path):
         assert model.generation_config.eos_token_id == 2
         assert "assistant" in AutoTokenizer.from_pretrained(out / name).chat_template
         assert "tree" not in (out / name / "config.json").read_text(), "the export must not ask for our attention"
+        assert grm.Task.load(out / name).criteria == grm.Task.load(task).criteria
 
 
 def test_same_seed_same_bytes_and_resume_equals_straight_run(task, tmp_path, monkeypatch, capsys):
@@ -87,7 +88,8 @@ def test_same_seed_same_bytes_and_resume_equals_straight_run(task, tmp_path, mon
 
         def stopping(self, name, record, stage=stage):
             log(self, name, record)
-            self.stop |= name == "timing" and (record["stage"], record["step"]) == (stage, 2) and "update_s" in record
+            if name == "timing" and (record["stage"], record["step"]) == (stage, 2) and "update_s" in record:
+                signal.raise_signal(signal.SIGTERM)
 
         monkeypatch.setattr(train.Run, "log", stopping)
         run(monkeypatch, task, tmp_path / "c", "--updates_per_batch=2", "--kl_coef=0.1")
