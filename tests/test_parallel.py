@@ -51,9 +51,9 @@ def task(tmp_path_factory):
     return folder
 
 
-def start(out, ranks, *flags, faults=(), torchrun=(), **settings):
+def start(out, ranks, *flags, faults=(), **settings):
     """torchrun with tests/faulty.py, not waited for."""
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--monitor-interval=0.1", *torchrun]
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--monitor-interval=0.1"]
     command += [HERE / "faulty.py", f"--out={out}", *FLAGS, *flags]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "FAULTS": json.dumps(faults)}
     output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
@@ -139,7 +139,7 @@ def test_a_hung_rank_ends_the_job(task, tmp_path):
     """A stopped process: the other one gives up after --timeout, and torchrun ends both."""
     begin = time.monotonic()
     fault = {"do": "stop", "in": "backward", "call": 3, "rank": 1}
-    code, text = run(tmp_path / "out", 2, f"--task={task}", "--timeout=8", faults=[fault], torchrun=["--shutdown-timeout=3"])
+    code, text = run(tmp_path / "out", 2, f"--task={task}", "--timeout=8", faults=[fault])  # torchrun waits 30 s
     assert code != 0 and "imed out" in text, text
     assert time.monotonic() - begin < 100
     assert len(lines(tmp_path / "out")) == 2
@@ -316,10 +316,9 @@ def test_distillation_on_two_ranks(task, tmp_path, flags):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("name", [*peak.CASES][:2])
-def test_memory_plan_is_within_15_percent(name):
-    """Planned against the measured peak of real steps on CPU (`python tests/peak.py` prints them all)."""
-    sizes = peak.measure_apart(peak.CASES[name])
+def test_memory_plan_is_within_15_percent():
+    """Planned against the measured peak of real steps on CPU, the smallest case (`python tests/peak.py` prints them all)."""
+    sizes = peak.measure_apart(next(iter(peak.CASES.values())))
     assert sizes["planned"] == pytest.approx(sizes["measured"], rel=0.15)
 
 
