@@ -536,7 +536,7 @@ class ClassifierStudent(Student):
             self.tokenizer = AutoTokenizer.from_pretrained(config.student, trust_remote_code=False)
             names = dict(enumerate(task.labels))
             if self.trained and "ForSequenceClassification" in str(self.model_config.architectures):
-                names = self.model_config.id2label
+                names = {i: str(name) for i, name in self.model_config.id2label.items()}
                 if missing := [label for label in task.labels if label not in names.values()]:
                     raise grm.TaskError(
                         f"--student {folder}: its classifier has no label {', '.join(missing)} (it has "
