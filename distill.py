@@ -722,7 +722,7 @@ def train(config, ranks, teacher, student, records, probs_NY, traces):
         if not ranks.rank:
             with open(log, "a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step + 1, "loss": loss, "grad_norm": norm}) + "\n")
-        bar.set_postfix_str(f"loss {loss:.3f}")
+        bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
         bar.update()
         stop = ranks.stopping()
         if stop or (config.save_every and (step + 1) % config.save_every == 0):

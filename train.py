@@ -482,7 +482,7 @@ class Run:
         while self.step < count:
             yield self.step
             self.step += 1
-            bar.set_postfix_str(describe())
+            bar.set_postfix_str(describe(), refresh=False)
             bar.update()
             stop = self.ranks.stopping()
             if stop or (self.config.save_every and self.step % self.config.save_every == 0):
