@@ -607,6 +607,8 @@ def judge(tokens, engine, records, explain=True):
 
 
 def _load_for_scoring(args):
+    if args.max_new_tokens < 1:
+        raise TaskError(f"--max_new_tokens {args.max_new_tokens}: must be at least 1")
     task = Task.load(args.task or args.model)
     task.check_model(args.model)
     model, tokenizer = load_model(args.model)
@@ -648,7 +650,8 @@ def score_file(args):
             for record, result in zip(batch, judge(tokens, engine, batch, args.explain), strict=True):
                 kept = {name: value for name, value in record.items() if name != "where"}
                 # `label` is the model's; a label that the input had is kept as `gold`
-                kept |= {"gold": kept.pop("label")} if "label" in kept else {}
+                # (in a file that was graded before, `label` is that grade, and `gold` there already)
+                kept = ({"gold": kept.pop("label")} if "label" in kept else {}) | kept
                 file.write(json.dumps(kept | result, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
             file.flush()
             bar.update(len(batch))
@@ -659,7 +662,7 @@ def score_file(args):
     partial.unlink()
     results = [json.loads(line) for line in lines.splitlines()]
     print(f"{out}: {len(results)} pairs, {sum(not r['well_formed'] for r in results)} malformed")
-    gold = [{**r, "label": r["gold"]} for r in results if "gold" in r]
+    gold = [{**r, "label": r["gold"]} for r in results if r.get("gold") in tokens.task.labels]
     if gold and len(gold) == len(results):
         print(json.dumps(metrics(tokens.task, gold, results), indent=1))
 

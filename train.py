@@ -414,7 +414,7 @@ class Run:
         try:
             state = self.checkpoints.read(path)
             if state.get("fingerprint") != self.fingerprint():
-                raise grm.TaskError(f"{path}: a checkpoint of another task or tokenizer; choose another --out or --resume off")
+                raise grm.TaskError(f"{path}: a checkpoint of another task or tokenizer; choose another --out, or delete it")
             if names := parallel.differing(asdict(self.config), state["config"], FREE):
                 raise grm.TaskError(f"{path}: a checkpoint of a run with other settings ({names})")
             self.checkpoints.load(path, self.model, self.optimizer)

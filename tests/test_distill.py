@@ -654,7 +654,7 @@ REFUSALS = {
     "token loss of a classifier": (None, ["--loss=forward"], "is a classifier; use --loss label"),
     "on-policy without samples": (None, ["--on_policy"], "choose --loss forward"),
     "unknown student": (None, ["--student=/nowhere"], "--student /nowhere: no such folder"),
-    "unknown teacher": (None, ["--teacher=runs/notes/model"], "--teacher runs/notes/model: no such folder; train"),
+    "unknown teacher": (None, ["--teacher=runs/nothing/model"], "--teacher runs/nothing/model: no such folder; train"),
     "cache too small": (None, ["--cache_tokens=10", "--loss=js", "--student={task}/model"], r"--cache_tokens \(10\): a group"),
     "impossible number of labels": (None, ["--labelled=-7"], "--labelled -7: must be"),
     "impossible weight": (None, ["--gold_weight=2"], r"--gold_weight 2\.0: must be"),

@@ -971,6 +971,19 @@ def test_score_survives_what_json_can_hold(tmp_path, monkeypatch, capsys):
     assert outcome is None or "in.jsonl:1: " in outcome
 
 
+def test_scoring_a_graded_file_keeps_its_gold(tmp_path, monkeypatch, capsys):
+    """The model's own label would become the gold one, and everything right; a gold that is no label gives no metrics."""
+    arguments = score_arguments(tmp_path)
+    for line, expected in (('"label": "3", "gold": "1"', "1"), ('"label": "3"', "3"), ('"gold": 7', 7)):
+        (tmp_path / "in.jsonl").write_text(f'{{"query": "winter", "document": "kids", {line}}}\n')
+        out = tmp_path / f"{expected}.jsonl"
+        assert run(monkeypatch, *arguments, out) is None
+        assert json.loads(out.read_text())["gold"] == expected
+        assert ("accuracy" in capsys.readouterr().out) == (expected != 7)
+    arguments[arguments.index("--max_new_tokens") + 1] = 0
+    assert "--max_new_tokens 0: must be" in run(monkeypatch, *arguments, tmp_path / "x.jsonl")
+
+
 @pytest.mark.parametrize("batch_size", [0, -1])
 def test_score_refuses_a_batch_of_nothing(tmp_path, monkeypatch, capsys, batch_size):
     """An empty result that looks complete, or a traceback out of range()."""
