@@ -276,8 +276,9 @@ def parse_config(argv=None):
         raise grm.TaskError(f"--beta {config.beta}: must be between 0 and 1; --loss forward is 0, reverse is 1")
     if config.on_policy and config.loss in ("label", "gold"):
         raise grm.TaskError(f"--on_policy: the {config.loss} loss has no samples; choose --loss forward, reverse or js")
-    if config.save_every < 0:
-        raise grm.TaskError(f"--save_every {config.save_every}: must be at least 0")
+    for name in ("seed", "save_every"):
+        if getattr(config, name) < 0:
+            raise grm.TaskError(f"--{name} {getattr(config, name)}: must be at least 0")
     if config.labelled < -1:
         raise grm.TaskError(f"--labelled {config.labelled}: must be at least 0, or -1 for all")
     for name in ("teacher", "student") if config.loss != "gold" else ("student",):

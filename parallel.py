@@ -157,7 +157,7 @@ class Ranks:
         weights, model = None if self.rank else load("cpu"), load("meta")
         policy, dtype = _Policy(model), torch.bfloat16 if half else None
         settings = {"mesh": self.mesh, "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)}
-        for module in (*decoder_layers(model), policy):
+        for module in (*transformer_layers(model), policy):
             fully_shard(module, **settings)
         for module in policy.modules():
             if isinstance(module, FSDPModule):  # losses are divided by global counts, so gradients are summed
@@ -220,7 +220,7 @@ def _call(device, half, work):
         return work()
 
 
-def decoder_layers(model):
+def transformer_layers(model):
     """The layers of a Hugging Face transformer: `layers`, or (BERT and its kind) its longest list of modules."""
     lists = (m for m in model.modules() if isinstance(m, torch.nn.ModuleList))
     return getattr(model.base_model, "layers", None) or max(lists, key=len)
@@ -422,9 +422,10 @@ class Checkpoints:
 
     def load(self, path, model, optimizer):
         """Fill a model and its optimizer from a checkpoint. Raises CheckpointError, on every rank, where they do not fit."""
+        updates = self.read(path)["updates"]
         load_tensors(path, _training_tensors(model, optimizer))
         for moments in optimizer.state.values():
-            moments["step"].fill_(self.read(path)["updates"])
+            moments["step"].fill_(updates)
 
     def forget_after(self, path):
         """Remove the checkpoints newer than `path` (on rank 0), which a run that goes on from there makes again."""

@@ -410,7 +410,6 @@ class Run:
 
     def resume(self, path):
         """Take up weights, optimizer, stage, step and logs from a checkpoint, which any number of ranks may have written."""
-        hint = "if it is damaged, or of another model, name an older one: --resume FOLDER"
         try:
             state = self.checkpoints.read(path)
             if state.get("fingerprint") != self.fingerprint():
@@ -419,6 +418,7 @@ class Run:
                 raise grm.TaskError(f"{path}: a checkpoint of a run with other settings ({names})")
             self.checkpoints.load(path, self.model, self.optimizer)
         except parallel.CheckpointError as error:
+            hint = "if it is damaged, or of another model, name an older one: --resume FOLDER"
             raise grm.TaskError(f"{error}; {hint}") from error
         if self.sampler is not self.model:
             parallel.copy_weights(self.sampler, self.model)

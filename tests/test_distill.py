@@ -663,6 +663,7 @@ REFUSALS = {
     "prompt without a template": (None, ["--input=prompt"], "--student .*: the tokenizer has no chat template"),
     "unknown file of pairs": (None, ["--pairs=nothing.jsonl"], r"nothing\.jsonl: not found"),
     "no labels for gold": (None, ["--loss=gold", "--labelled=0"], "no pair has a label"),
+    "seed below 0": (None, ["--seed=-1"], "--seed -1: must be at least 0"),
     "no steps": (None, ["--steps=0"], "--steps 0: must be at least 1"),
     "output exists": (lambda task: shutil.copytree(task, task.parent / "out"), [], "exists; choose another folder"),
 }

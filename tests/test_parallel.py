@@ -331,9 +331,9 @@ def test_layers_of_other_architectures():
     """FSDP shards layer by layer, wherever a model keeps them."""
     small = {"vocab_size": 9, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 3, "num_attention_heads": 1}
     bert = BertForSequenceClassification(BertConfig(**small))
-    assert parallel.decoder_layers(bert) is bert.bert.encoder.layer
+    assert parallel.transformer_layers(bert) is bert.bert.encoder.layer
     qwen = Qwen3ForCausalLM(Qwen3Config(**small, num_key_value_heads=1, head_dim=8))
-    assert parallel.decoder_layers(qwen) is qwen.model.layers
+    assert parallel.transformer_layers(qwen) is qwen.model.layers
 
 
 @pytest.mark.parametrize("flags", [
