@@ -1,47 +1,58 @@
-"""The task: criteria, prompt, answer format, parsing, reward, metrics, loading and scoring.        (what is relevance?)
+"""The task: criteria, prompt, answers, parsing, reward, metrics, scoring.      (what is relevance?)
 
-A task is a folder with a `criteria.md` (front matter: labels, steps, format; body: the system prompt) and JSON Lines.
-The model reads criteria, query and document, reasons in steps, closes each with \\boxed{label}, and one box is its answer.
-All that is trained or parsed is token ids: text is tokenised once, and ids are never decoded and encoded again.
+A task is a folder with a `criteria.md` (front matter: labels, steps, format; body: the system
+prompt) and JSON Lines. The model reads criteria, query and document, reasons in steps, closes each
+with \\boxed{label}, and one box is its answer. All that is trained or parsed is token ids: text is
+tokenised once, and ids are never decoded and encoded again.
 
     python grm.py score --model DIR --pairs IN.jsonl --out OUT.jsonl [--task DIR] [--explain]
     python grm.py judge --model DIR "query" "document"
 
-This file needs torch, transformers (with jinja2), numpy, pyyaml and tqdm only; copy it alone.
-Shapes: N answers, Y labels.
+This file needs torch, transformers (with jinja2), numpy, pyyaml and tqdm only, and for the two
+commands above rollout.py beside it; copy it alone.
+Shapes: N answers, T positions of an answer, Y labels.
 """
 
 import argparse
+import hashlib
 import json
+import math
 import os
 import re
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import torch
 import yaml
 from jinja2.exceptions import TemplateError
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, HfArgumentParser
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.hf_argparser import string_to_bool
 from transformers.utils import logging as hf_logging
 
 BOX = re.compile(r"\\boxed\{([^{}]*)\}")
 FORMATS = ("reason-first", "answer-first")
+MOST_PROBLEMS = 20  # bad lines that are named; of the rest, the number
 
 
 class TaskError(ValueError):
-    """Input that cannot be used. The message holds one line per problem, `file:line: what is wrong` where there is one."""
+    """Input that cannot be used. A line for each problem, `file:line: what is wrong` where it can.
+    """
 
 
-# The task folder ------------------------------------------------------------------------------------------------------
+# The task folder ----------------------------------------------------------------------------------
 
 
 @dataclass
 class Task:
-    """A task folder: `criteria` (the system prompt), `labels` from worst to best, `relevant` (the labels that count as
-    relevant), `steps` (names of the reasoning steps) and `format` ("reason-first" or "answer-first")."""
+    """A task folder.
+
+    criteria: the system prompt. labels: from worst to best. relevant: those that count as relevant.
+    steps: names of the reasoning steps. format: "reason-first" or "answer-first".
+    """
 
     folder: Path
     criteria: str
@@ -52,112 +63,119 @@ class Task:
 
     @classmethod
     def load(cls, folder):
-        """Read and check `folder`/criteria.md. Raises TaskError that names the file and the field."""
+        """Read and check `folder`/criteria.md. Raises TaskError that names the file and the field.
+        """
         path = Path(folder) / "criteria.md"
-        if not path.is_file():
-            raise TaskError(f"{path}: not found; --task names a folder with a criteria.md")
-        try:
-            text = path.read_text(encoding="utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise TaskError(f"{path}: not UTF-8: {error}") from None
-        parts = re.split(r"^---[ \t]*$", text, maxsplit=2, flags=re.MULTILINE)
-        if len(parts) != 3 or parts[0].strip():
-            raise TaskError(f"{path}:1: must begin with a front matter between two lines of ---")
-        try:
-            head = yaml.safe_load(parts[1])
-        except yaml.YAMLError as error:
-            mark = getattr(error, "problem_mark", None)
-            line, problem = mark.line + 1 if mark else 1, getattr(error, "problem", None) or error
-            raise TaskError(f"{path}:{line}: the front matter is not YAML: {problem}") from None
-        keys = re.findall(r"^(\w+)\s*:", parts[1], flags=re.MULTILINE)
-        if len(set(keys)) < len(keys):
-            raise TaskError(f"{path}: the front matter names {max(keys, key=keys.count)} twice")
-        if not isinstance(head, dict) or set(head) - {"labels", "relevant", "steps", "format"}:
-            raise TaskError(f"{path}: the front matter holds labels, relevant, steps and format, and nothing else")
-
-        def strings(name):
-            values = head.get(name, [])
-            if not isinstance(values, list) or any(isinstance(v, bool) or not isinstance(v, str | int) for v in values):
-                raise TaskError(f"{path}: {name} must be a list of strings or integers; quote words such as yes and no")
-            values = [str(v).strip() for v in values]
-            if len(set(values)) < len(values) or any(not v or set("{}") & set(v) for v in values):
-                raise TaskError(f"{path}: {name} must not repeat a value nor contain braces, nor an empty value")
-            return values
-
-        task = cls(Path(folder), parts[2].strip(), *map(strings, ("labels", "relevant", "steps")), head.get("format"))
+        head, criteria = _read_criteria(path)
+        task = cls(
+            folder=Path(folder),
+            criteria=criteria,
+            labels=_strings(path, head, "labels"),
+            relevant=_strings(path, head, "relevant"),
+            steps=_strings(path, head, "steps"),
+            format=head.get("format"),
+        )
+        problem = None
         if len(task.labels) < 2 or not set(task.relevant) <= set(task.labels):
-            raise TaskError(f"{path}: labels needs two or more values, and relevant must be some of them")
-        if task.format not in FORMATS:
-            raise TaskError(f"{path}: format must be one of {', '.join(FORMATS)}, not {task.format!r}")
-        if task.format == "reason-first" and not task.steps:
-            raise TaskError(f"{path}: a reason-first task needs at least one step, the last of which gives the label")
-        if "\\boxed{" not in task.criteria:
-            raise TaskError(f"{path}: the criteria must tell the model to close each step with \\boxed{{label}}")
+            problem = "labels needs two or more values, and relevant must be some of them"
+        elif task.format not in FORMATS:
+            problem = f"format must be one of {', '.join(FORMATS)}, not {task.format!r}"
+        elif task.format == "reason-first" and not task.steps:
+            problem = (
+                "a reason-first task needs at least one step, the last of which gives the label"
+            )
+        elif "\\boxed{" not in task.criteria:
+            problem = "the criteria must tell the model to close each step with \\boxed{label}"
+        if problem:
+            raise TaskError(f"{path}: {problem}")
         return task
 
     def save(self, folder):
-        """Write criteria.md into a folder: beside a model's weights, it says what the model was trained for."""
-        head = {name: getattr(self, name) for name in ("labels", "relevant", "steps", "format")}
-        front = "".join(f"{name}: {json.dumps(value)}\n" for name, value in head.items())
-        (Path(folder) / "criteria.md").write_text(f"---\n{front}---\n{self.criteria}\n", encoding="utf-8")
+        """Write criteria.md into a folder: beside a model, it says what the model was trained for.
+        """
+        lines = ["---"]
+        for name in ("labels", "relevant", "steps", "format"):
+            lines.append(f"{name}: {json.dumps(getattr(self, name))}")
+        text = "\n".join([*lines, "---", self.criteria, ""])
+        (Path(folder) / "criteria.md").write_text(text, encoding="utf-8")
 
     def check_model(self, folder):
-        """Raise TaskError if a model's folder says that it was trained for other labels or steps, or in another format."""
-        if (Path(folder) / "criteria.md").is_file():
-            theirs = Task.load(folder)
-            for name in ("format", "steps", "labels"):
-                ours, other = getattr(self, name), getattr(theirs, name)
-                if ours != other:
-                    raise TaskError(f"{folder}: was trained for {name} {other}, and {self.folder} has {ours}")
+        """Raise TaskError if a model's folder was trained for other labels, steps or format."""
+        if not (Path(folder) / "criteria.md").is_file():
+            return
+        trained_for = Task.load(folder)
+        for name in ("format", "steps", "labels"):
+            theirs = getattr(trained_for, name)
+            ours = getattr(self, name)
+            if ours != theirs:
+                raise TaskError(
+                    f"{folder}: was trained for {name} {theirs}, and {self.folder} has {ours}"
+                )
 
     @property
     def boxes(self):
-        """The names of the boxes of an answer in their order; an answer-first answer begins with the label's own box."""
+        """Names of an answer's boxes in order; an answer-first answer begins with the label's own.
+        """
         return self.steps if self.format == "reason-first" else ["label", *self.steps]
 
-    def read(self, path, fields=("label",)):
-        """Read a JSON Lines file, checked: query, document, and `fields` of label and response.
+    def read(self, path, required=("label",)):
+        """Read a JSON Lines file of pairs, checked: query, document, and what is `required` of
+        label and response.
 
-        Returns dicts with `where` = "file:line" added. Raises TaskError with all bad lines, at most 20 of them named.
+        Returns dicts with `where` = "file:line" added. Raises TaskError that names the bad lines.
         """
         path = Path(path)
         if not path.is_file():
             raise TaskError(f"{path}: not found")
-        records, problems = [], []
-        for number, line in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
-            if line.strip():
-                try:
-                    records.append({**self._check(json.loads(line.decode("utf-8")), fields), "where": f"{path}:{number}"})
-                except json.JSONDecodeError as error:
-                    problems.append(f"{path}:{number}: not JSON: {error.msg}, column {error.colno}")
-                except (ValueError, RecursionError) as error:
-                    problems.append(f"{path}:{number}: {error}")
+        records = []
+        problems = []
+        lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            where = f"{path}:{number}"
+            try:
+                record = self.check(json.loads(line.decode("utf-8")), required)
+                records.append(record | {"where": where})
+            except json.JSONDecodeError as error:
+                problems.append(f"{where}: not JSON: {error.msg}, column {error.colno}")
+            except (ValueError, RecursionError) as error:
+                problems.append(f"{where}: {error}")
         if not records and not problems:
             problems = [f"{path}: holds no pairs"]
+        if len(problems) > MOST_PROBLEMS:
+            more = len(problems) - MOST_PROBLEMS
+            problems = [*problems[:MOST_PROBLEMS], f"... and {more} more"]
         if problems:
-            more = [f"... and {len(problems) - 20} more"] if len(problems) > 20 else []
-            raise TaskError("\n".join(problems[:20] + more))
+            raise TaskError("\n".join(problems))
         return records
 
-    def _check(self, record, fields):
+    def check(self, record, required=()):
+        """A record with its labels as strings. Raises ValueError that says what is wrong with it.
+        """
         if not isinstance(record, dict):
             raise ValueError("must be a JSON object")
-        for name in ("query", "document", *(f for f in fields if f != "label")):
+        texts = ["query", "document", *(name for name in required if name != "label")]
+        for name in texts:
             if not isinstance(record.get(name), str) or not record[name].strip():
                 raise ValueError(f"{name!r} is missing, empty or not a string")
-            record[name].encode("utf-8")  # lone surrogates cannot be tokenised: UnicodeEncodeError is a ValueError
-        if "label" in record and record["label"] is None and "label" not in fields:
-            del record["label"]
-        if "label" in fields and "label" not in record:
+            record[name].encode("utf-8")  # raises for lone surrogates, which cannot be tokenised
+        if "label" in required and "label" not in record:
             raise ValueError("'label' is missing")
+        if "label" not in required and record.get("label", ...) is None:
+            del record["label"]
         if "label" in record:
-            record["label"] = self._label(record.get("label"))
+            record["label"] = self._label(record["label"])
         if not self.steps:
-            record.pop("step_labels", None)  # of the task's other form: there is nothing to compare them with
+            # Of the task's other form: there is nothing to compare them with.
+            record.pop("step_labels", None)
         if "step_labels" in record:
             steps = record["step_labels"]
             if not isinstance(steps, list) or len(steps) != len(self.boxes):
-                raise ValueError(f"'step_labels' must be a list of {len(self.boxes)} labels, for {', '.join(self.boxes)}")
+                raise ValueError(
+                    f"'step_labels' must be a list of {len(self.boxes)} labels, "
+                    f"for {', '.join(self.boxes)}"
+                )
             record["step_labels"] = [self._label(label) for label in steps]
         if not isinstance(record.get("query_id", ""), str | int):
             raise ValueError("'query_id' must be a string or an integer")
@@ -166,64 +184,166 @@ class Task:
         return record
 
     def _label(self, value):
-        if isinstance(value, bool) or not isinstance(value, str | int) or str(value) not in self.labels:
+        is_text = isinstance(value, str | int) and not isinstance(value, bool)
+        if not is_text or str(value) not in self.labels:
             raise ValueError(f"unknown label {value!r}; the labels are {', '.join(self.labels)}")
         return str(value)
 
-    def grade(self, label_probs):
-        """Expected grade of probabilities over the labels [..., Y]: the labels' numbers, or their ranks from 0 if words."""
+    def grade(self, probs_NY):
+        """Expected grades [N] of label probabilities: the labels' numbers, or ranks if words."""
         try:
-            values = [float(label) for label in self.labels]
+            values_Y = [float(label) for label in self.labels]
         except ValueError:
-            values = range(len(self.labels))
-        return np.asarray(label_probs) @ np.asarray(values, dtype=np.float64)
+            values_Y = range(len(self.labels))
+        return np.asarray(probs_NY) @ np.asarray(values_Y, dtype=np.float64)
 
 
-def setting(default, text):
-    """A field of a settings dataclass, with its help text."""
-    return field(default=default, metadata={"help": text.replace("%", "%%")})  # argparse formats help texts
+def _read_criteria(path):
+    """The front matter, a dict, and the body of a criteria.md."""
+    if not path.is_file():
+        raise TaskError(f"{path}: not found; --task names a folder with a criteria.md")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise TaskError(f"{path}: not UTF-8: {error}") from None
+    parts = re.split(r"^---[ \t]*$", text, maxsplit=2, flags=re.MULTILINE)
+    if len(parts) != 3 or parts[0].strip():
+        raise TaskError(f"{path}:1: must begin with a front matter between two lines of ---")
+    _, front, body = parts
+    try:
+        head = yaml.safe_load(front)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = mark.line + 1 if mark else 1
+        problem = getattr(error, "problem", None) or error
+        raise TaskError(f"{path}:{line}: the front matter is not YAML: {problem}") from None
+    keys = re.findall(r"^(\w+)\s*:", front, flags=re.MULTILINE)
+    if len(set(keys)) < len(keys):
+        twice = max(keys, key=keys.count)
+        raise TaskError(f"{path}: the front matter names {twice} twice")
+    if not isinstance(head, dict) or set(head) - {"labels", "relevant", "steps", "format"}:
+        raise TaskError(
+            f"{path}: the front matter holds labels, relevant, steps and format, and nothing else"
+        )
+    return head, body.strip()
 
 
-def parse_settings(config_class, name, description, argv=None):
-    """Settings from the command line, then the JSON file TASK/`name`, then the defaults of the dataclass `config_class`.
+def _strings(path, head, name):
+    """A list of the front matter, its integers as strings."""
+    values = head.get(name, [])
+    wrong = [v for v in values if isinstance(v, bool) or not isinstance(v, str | int)]
+    if not isinstance(values, list) or wrong:
+        raise TaskError(
+            f"{path}: {name} must be a list of strings or integers; quote words such as yes and no"
+        )
+    values = [str(value).strip() for value in values]
+    if len(set(values)) < len(values) or any(not v or set("{}") & set(v) for v in values):
+        raise TaskError(
+            f"{path}: {name} must not repeat a value nor contain braces, nor an empty value"
+        )
+    return values
 
-    Returns (config, task folder as a Path). Raises TaskError for a file whose settings are unknown or of a wrong type;
-    an unknown flag ends the program with a usage message.
+
+def hash_files(paths):
+    """SHA-256 of files and of the model files in folders; what does not exist counts as nothing."""
+    digest = hashlib.sha256()
+    for path in map(Path, paths):
+        files = [path] if path.is_file() else sorted(path.glob("*"))
+        for file in files:
+            if file.suffix in (".json", ".jsonl", ".jinja", ".md", ".model", ".safetensors"):
+                with open(file, "rb") as opened:
+                    digest.update(hashlib.file_digest(opened, "sha256").digest())
+    return digest.hexdigest()
+
+
+# Settings -----------------------------------------------------------------------------------------
+
+
+def setting(default, text, *, min=None, above=None, max=None, below=None):
+    """A field of a settings dataclass: its default, its help text, and the bounds of its values."""
+    return field(
+        default=default,
+        metadata={"help": text, "min": min, "above": above, "max": max, "below": below},
+    )
+
+
+def parse_settings(config_class, file_name, description, argv=None):
+    """Settings from the command line, then TASK/`file_name` (JSON), then the dataclass's defaults.
+
+    Returns an object of `config_class`. Raises TaskError for values that are unknown, of another
+    type or out of bounds; an unknown flag ends the program with a usage message.
     """
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--task", default=config_class.task)
-    task = Path(first.parse_known_args(argv)[0].task)
-    parser = HfArgumentParser(config_class, description=description, allow_abbrev=False)
-    argv, defaults, path = sys.argv[1:] if argv is None else list(argv), [], task / name
-    if path.is_file():
-        try:
-            values = json.loads(path.read_text(encoding="utf-8-sig"))
-        except ValueError as error:
-            raise TaskError(f"{path}: {error}") from None
-        if not isinstance(values, dict):
-            raise TaskError(f"{path}: must be a JSON object of settings")
-        if unknown := set(values) - set(config_class.__dataclass_fields__):
-            raise TaskError(f"{path}: unknown settings {', '.join(sorted(unknown))}")
-        defaults = [f"--{key}={value}" for key, value in values.items()]
-        parser.exit_on_error = False  # its own message would blame the command line
-        try:
-            parser.parse_known_args(defaults)
-        except argparse.ArgumentError as error:
-            raise TaskError(f"{path}: {error}") from None
-        parser.exit_on_error = True
-    config, unknown = parser.parse_args_into_dataclasses(defaults + argv, return_remaining_strings=True)  # the later wins
-    if unknown:
-        parser.error(f"unknown: {' '.join(unknown)}")
-    return config, task
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    for item in fields(config_class):
+        options = {"help": f"{item.metadata['help']} (default: {item.default})".replace("%", "%%")}
+        if item.type is bool:
+            options |= {"type": string_to_bool, "nargs": "?", "const": True}
+        elif get_args(item.type):
+            options |= {"choices": get_args(item.type)}
+        else:
+            options |= {"type": item.type}
+        parser.add_argument(f"--{item.name}", default=argparse.SUPPRESS, **options)
+    given = vars(parser.parse_args(argv))
+    path = Path(given.get("task", config_class.task)) / file_name
+    in_file = _read_settings(path, config_class)
+    _check_settings(config_class, in_file, f"{path}: ")
+    _check_settings(config_class, given, "")
+    return config_class(**in_file | given)
 
 
-# Prompts and answers as token ids -------------------------------------------------------------------------------------
+def _read_settings(path, config_class):
+    if not path.is_file():
+        return {}
+    try:
+        values = json.loads(path.read_text(encoding="utf-8-sig"))
+    except ValueError as error:
+        raise TaskError(f"{path}: {error}") from None
+    if not isinstance(values, dict):
+        raise TaskError(f"{path}: must be a JSON object of settings")
+    if unknown := set(values) - set(config_class.__dataclass_fields__):
+        raise TaskError(f"{path}: unknown settings {', '.join(sorted(unknown))}")
+    return values
+
+
+def _check_settings(config_class, values, where):
+    """Check values against types and bounds of their settings; TaskError names the first bad one.
+    """
+    for item in fields(config_class):
+        problem = _problem(item, values[item.name]) if item.name in values else None
+        if problem:
+            raise TaskError(f"{where}--{item.name} {values[item.name]}: must be {problem}")
+
+
+def _problem(item, value):
+    """What a setting's value must be and is not, or None."""
+    bounds = item.metadata
+    kinds = (int, float) if item.type is float else item.type
+    if choices := get_args(item.type):
+        return None if value in choices else f"one of {', '.join(choices)}"
+    if not isinstance(value, kinds) or isinstance(value, bool) != (item.type is bool):
+        return f"of type {item.type.__name__}"
+    if item.type is float and not math.isfinite(value):
+        return "finite"
+    if bounds["min"] is not None and value < bounds["min"]:
+        return f"at least {bounds['min']}"
+    if bounds["max"] is not None and value > bounds["max"]:
+        return f"at most {bounds['max']}"
+    if bounds["above"] is not None and value <= bounds["above"]:
+        return f"above {bounds['above']}"
+    if bounds["below"] is not None and value >= bounds["below"]:
+        return f"below {bounds['below']}"
+    return None
+
+
+# Prompts and answers as token ids -----------------------------------------------------------------
 
 
 @dataclass
 class Step:
-    """One step of an answer: its tokens are ids[start:end], box included; label_at is the index of the label's first
-    token (None if the answer spells the label with unusual tokens)."""
+    """One step of an answer: its tokens are ids[start:end], box included.
+
+    label_at: index of the label's first token; None if the answer spells it with unusual tokens.
+    """
 
     start: int
     end: int
@@ -233,155 +353,212 @@ class Step:
 
 @dataclass
 class Trace:
-    """A parsed answer. problem is None for a well-formed answer; a malformed one has no steps and no label."""
+    """A parsed answer. problem is None if it is well-formed; else it has no steps and no label."""
 
     steps: list[Step] = field(default_factory=list)
     label: str | None = None
     problem: str | None = None
 
 
-class TokenTask:
-    """A task in the token ids of one tokenizer: the one prompt builder and the one parser of everything in the project.
+class Renderer:
+    """A task in one tokenizer's ids: the one prompt builder, and the one parser, of the project.
 
-    max_prompt_tokens: prompts are cut to it, in the document alone (`truncated` counts how many were); None: no limit.
-    eos_id: the token that ends an answer, as the chat template ends the assistant's turn.
-    opening: the ids of "\\boxed{"; label_ids: the id with which each label begins behind it, all different.
-    Raises TaskError if the tokenizer has no chat template or the labels' first tokens coincide.
+    context: tokens of the model's context; prompts are cut, in the document alone, so that an
+        answer of max_new_tokens and a forced "\\boxed{" fit behind them. None: no limit.
+    Attributes: truncated counts the documents that were cut; eos_id ends an answer, as the chat
+    template ends the assistant's turn; opening holds the ids of "\\boxed{"; label_ids the id with
+    which each label begins behind it, all different.
+    Raises TaskError without a chat template, or if the labels' first tokens coincide.
     """
 
-    QUERY, DOCUMENT, ANSWER, CRITERIA = ("<<grm:query>>", "<<grm:document>>", "<<grm:answer>>", "<<grm:criteria>>")
+    CRITERIA = "<<grm:criteria>>"
+    QUERY = "<<grm:query>>"
+    DOCUMENT = "<<grm:document>>"
+    ANSWER = "<<grm:answer>>"
 
-    def __init__(self, task, tokenizer, max_prompt_tokens=None):
-        self.task, self.tokenizer, self.max_prompt_tokens, self.truncated = task, tokenizer, max_prompt_tokens, 0
-        vocabulary = tokenizer.get_vocab()
-        self._added = set(tokenizer.added_tokens_encoder.values()) | set(tokenizer.all_special_ids)
-        self._closers = {i for token, i in vocabulary.items() if "}" in token or token == "<0x7D>"}
+    def __init__(self, task, tokenizer, context=None, max_new_tokens=0):
+        self.task = task
+        self.tokenizer = tokenizer
+        self.truncated = 0
+        self.max_prompt_tokens = None
         self._size = len(tokenizer)
+        self._added = set(tokenizer.added_tokens_encoder.values()) | set(tokenizer.all_special_ids)
+        self._closers = {
+            i for token, i in tokenizer.get_vocab().items() if "}" in token or token == "<0x7D>"
+        }
         self._read_template()
         self._read_labels()
+        if context is not None:
+            self.max_prompt_tokens = context - max_new_tokens - len(self.opening)
+            if self.max_prompt_tokens < 1:
+                raise TaskError(
+                    f"--max_new_tokens {max_new_tokens}: leaves no room for a prompt in the model's "
+                    f"context of {context} tokens"
+                )
 
     def _read_template(self):
-        """Cut the rendered chat template at the places of criteria, query and document, and find the end of the turn."""
+        """Cut the rendered chat template at criteria, query and document; find the turn's end."""
         if not self.tokenizer.chat_template:
-            raise TaskError("the tokenizer has no chat template; put a chat_template.jinja into the model folder")
+            raise TaskError(
+                "the tokenizer has no chat template; put a chat_template.jinja into the model folder"
+            )
         user = f"Query: {self.QUERY}\nDocument: {self.DOCUMENT}"
         try:
-            messages = [{"role": "system", "content": self.CRITERIA}, {"role": "user", "content": user}]
-            text, ending = self._render(messages)
-        except TemplateError:  # some templates (Gemma's) know no system turn: then the criteria lead the user's
-            text, ending = self._render([{"role": "user", "content": f"{self.CRITERIA}\n\n{user}"}])
-        marks = (self.CRITERIA, self.QUERY, self.DOCUMENT)
-        pieces = re.split("|".join(map(re.escape, marks)), text)
-        if len(pieces) != 4 or self.ANSWER not in ending:
-            raise TaskError("the chat template drops or repeats the system or user message; use another template")
+            messages = [
+                {"role": "system", "content": self.CRITERIA},
+                {"role": "user", "content": user},
+            ]
+            prompt, turn = self._render(messages)
+        except TemplateError:  # some (Gemma's) know no system turn: the criteria lead the user's
+            prompt, turn = self._render([{"role": "user", "content": f"{self.CRITERIA}\n\n{user}"}])
+        pieces = re.split(f"{self.CRITERIA}|{self.QUERY}|{self.DOCUMENT}", prompt)
+        if len(pieces) != 4 or self.ANSWER not in turn:
+            raise TaskError(
+                "the chat template drops or repeats the system or user message; use another template"
+            )
         # The space before query and document belongs to their first word, as in running text.
-        pieces = [piece.rstrip(" ") if i in (1, 2) else piece for i, piece in enumerate(pieces)]
-        head, query, document, tail = (self._encode(piece, special=True) for piece in pieces)
-        self._pieces = (head + self._encode(self.task.criteria) + query, document, tail)
-        after = self._encode(ending.split(self.ANSWER, 1)[1], special=True)
-        self.eos_id = after[0] if after and after[0] in self._added else self.tokenizer.eos_token_id
+        head, query, document, tail = pieces
+        self._head = [
+            *self._encode(head, special=True),
+            *self._encode(self.task.criteria),
+            *self._encode(query.rstrip(" "), special=True),
+        ]
+        self._middle = self._encode(document.rstrip(" "), special=True)
+        self._tail = self._encode(tail, special=True)
+        behind_answer = self._encode(turn.split(self.ANSWER, 1)[1], special=True)
+        if behind_answer and behind_answer[0] in self._added:
+            self.eos_id = behind_answer[0]
+        else:
+            self.eos_id = self.tokenizer.eos_token_id
         if self.eos_id is None:
-            raise TaskError("the tokenizer has no end-of-sequence token, and its chat template ends a turn with none")
+            raise TaskError(
+                "the tokenizer has no end-of-sequence token, "
+                "and its chat template ends a turn with none"
+            )
 
     def _render(self, messages):
-        # enable_thinking=False (Qwen3 and relatives): the task's own steps are the reasoning; others ignore it.
+        """The chat template's text: up to the assistant's turn, and with a whole turn."""
+        # enable_thinking=False (Qwen3 and relatives): the task's own steps are the reasoning.
+        settings = {"tokenize": False, "enable_thinking": False}
         render = self.tokenizer.apply_chat_template
-        prompt = render(messages, tokenize=False, add_generation_prompt=True, enable_thinking=False)
-        answer = [*messages, {"role": "assistant", "content": self.ANSWER}]
-        return prompt, render(answer, tokenize=False, enable_thinking=False)
+        prompt = render(messages, add_generation_prompt=True, **settings)
+        answer = {"role": "assistant", "content": self.ANSWER}
+        return prompt, render([*messages, answer], **settings)
 
     def _encode(self, text, special=False):
-        """Ids of a text. Unless `special`, nothing in it can become an added token: what looks like one is spelled out."""
-        # verbose=False: no warning about length; what is too long is cut or refused, and reported, in `prompt`
-        settings = {"add_special_tokens": False, "split_special_tokens": not special, "verbose": False}
-        ids = self.tokenizer(text, **settings).input_ids
+        """Ids of a text. Unless `special`, nothing in it becomes an added token: it is spelled."""
+        # verbose=False: no warning about length; what is too long is reported in `prompt`.
+        settings = {"add_special_tokens": False, "verbose": False}
+        ids = self.tokenizer(text, split_special_tokens=not special, **settings).input_ids
         if special or self._added.isdisjoint(ids):
             return ids
+        # split_special_tokens splits special tokens alone; other added ones (<think>) are here.
         plain = []
         for i in ids:
-            # `split_special_tokens` splits the special ones alone; added ones (<think>) are spelled letter by letter here.
-            letters = self.tokenizer.convert_ids_to_tokens(i) if i in self._added and i != self.tokenizer.unk_token_id else ""
-            spelled = [self.tokenizer(c, add_special_tokens=False, split_special_tokens=True).input_ids for c in letters]
-            plain += [j for part in spelled for j in part if j not in self._added] if letters else [i]
+            if i not in self._added or i == self.tokenizer.unk_token_id:
+                plain.append(i)
+                continue
+            for letter in self.tokenizer.convert_ids_to_tokens(i):
+                spelled = self.tokenizer(letter, split_special_tokens=True, **settings).input_ids
+                plain += [j for j in spelled if j not in self._added]
         return plain
 
     def _read_labels(self):
-        """Find the ids of "\\boxed{" and of every label behind it, tokenised by itself: merged with its brace ("{-" is one
-        token of many vocabularies), -1 would begin at another position than the other labels."""
+        """Find the ids of "\\boxed{" and of every label behind it, tokenised by itself.
+
+        Merged with its brace ("{-" is one token of many vocabularies), -1 would begin at another
+        position than the other labels.
+        """
         self.opening = self._encode("\\boxed{")
         self._labels = {label: self._behind_brace(label) for label in self.task.labels}
         self.label_ids = [ids[0] if ids else None for ids in self._labels.values()]
+        unknown = self.tokenizer.unk_token_id
         if len(set(self.label_ids)) < len(self._labels) or any(
-            self.tokenizer.unk_token_id in ids for ids in self._labels.values()
+            unknown in ids for ids in self._labels.values()
         ):
             named = ", ".join(f"{label!r} = {ids}" for label, ids in self._labels.items())
-            raise TaskError(f"criteria.md: labels whose first tokens coincide, or are unknown ({named}); rename them")
-        # Labels as this tokenizer writes them: a word-level one may lower-case them or put spaces around a hyphen.
-        self._known = {self._boxed(self.answer(f"\\boxed{{{label}}}"))[-1]: label for label in self.task.labels}
+            raise TaskError(
+                f"criteria.md: labels whose first tokens coincide, or are unknown ({named}); "
+                "rename them"
+            )
+        # Labels as this tokenizer writes them: a word-level one may lower-case or space them.
+        self._known = {}
+        for label in self.task.labels:
+            written = self._boxed(self.answer(f"\\boxed{{{label}}}"))[-1]
+            self._known[written] = label
 
     def _behind_brace(self, text):
-        """Ids of a text behind "\\boxed{": no token spans the brace, and none brings a space (SentencePiece) with it."""
-        ids, start = self._encode("\\boxed{" + text), len(self.opening)
+        """Ids of a text behind "\\boxed{": no token spans the brace, none brings a space with it.
+        """
+        ids = self._encode("\\boxed{" + text)
+        start = len(self.opening)
         return ids[start:] if ids[:start] == self.opening else self._encode(text)
 
     def answer(self, text):
         """Ids of an answer's text, every label in a box tokenised by itself."""
-        pieces = re.split(r"(?<=\\boxed\{)([^{}]*)(?=\})", text)  # text, label, text, label, ..., text
-        out = self._encode(pieces[0])
-        for i, piece in enumerate(pieces[1:]):
-            out += self._labels.get(piece.strip() if i % 2 == 0 else None) or self._behind_brace(piece)
-        return out
-
-    def _boxed(self, ids):
-        """What stands in the complete boxes of some ids, without white space."""
-        return ["".join(text.split()) for text in BOX.findall(self.decode(ids))]
-
-    def decode(self, ids):
-        """Text of ids, special tokens included."""
-        return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-
-    def prompt(self, query, document):
-        """Prompt ids of one pair. Raises TaskError if they do not fit max_prompt_tokens without any document."""
-        head, middle, tail = self._pieces
-        query_ids, document_ids = self._encode(" " + query), self._encode(" " + document)
-        before = [*head, *query_ids, *middle]
-        if self.max_prompt_tokens is not None:
-            room = self.max_prompt_tokens - len(before) - len(tail)
-            if room < 1:
-                raise TaskError(
-                    f"the criteria and the query alone fill {len(before) + len(tail)} tokens; the model's context leaves "
-                    f"{self.max_prompt_tokens} for the prompt: shorten them, or lower --max_new_tokens"
-                )
-            self.truncated += len(document_ids) > room
-            document_ids = document_ids[:room]
-        return [*before, *document_ids, *tail]
+        # text, what a box holds, text, what a box holds, ..., text
+        pieces = re.split(r"(?<=\\boxed\{)([^{}]*)(?=\})", text)
+        ids = self._encode(pieces[0])
+        for i, piece in enumerate(pieces[1:], 1):
+            label = self._labels.get(piece.strip()) if i % 2 else None
+            ids += label or self._behind_brace(piece)
+        return ids
 
     def response(self, text):
         """Ids of a demonstration's answer, closed by eos_id."""
         return [*self.answer(text), self.eos_id]
 
+    def decode(self, ids):
+        """Text of ids, special tokens included."""
+        settings = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+        return self.tokenizer.decode(ids, **settings)
+
+    def _boxed(self, ids):
+        """What stands in the complete boxes of some ids, without white space."""
+        return ["".join(text.split()) for text in BOX.findall(self.decode(ids))]
+
+    def prompt(self, query, document):
+        """Prompt ids of one pair. Raises TaskError if it does not fit even without a document."""
+        before = [*self._head, *self._encode(" " + query), *self._middle]
+        document_ids = self._encode(" " + document)
+        if self.max_prompt_tokens is not None:
+            fixed = len(before) + len(self._tail)
+            room = self.max_prompt_tokens - fixed
+            if room < 1:
+                raise TaskError(
+                    f"the criteria and the query alone fill {fixed} tokens; the model's context "
+                    f"leaves {self.max_prompt_tokens} for the prompt: shorten them, "
+                    "or lower --max_new_tokens"
+                )
+            self.truncated += len(document_ids) > room
+            document_ids = document_ids[:room]
+        return [*before, *document_ids, *self._tail]
+
     def prompts(self, records):
-        """Prompt ids of records as `Task.read` returns them; TaskError names the record that does not fit."""
-        out = []
+        """Prompt ids of records from `Task.read`; TaskError names the record that does not fit."""
+        prompts = []
         for record in records:
             try:
-                out.append(self.prompt(record["query"], record["document"]))
+                prompts.append(self.prompt(record["query"], record["document"]))
             except TaskError as error:
                 raise TaskError(f"{record.get('where', 'pair')}: {error}") from None
-        return out
+        return prompts
 
     def parse(self, ids):
-        """Parse an answer's ids into a Trace. Any list of integers gives a trace or a named problem, never an exception.
+        """Parse an answer's ids into a Trace; any integers give one, never an exception.
 
-        Well-formed: exactly the expected boxes with known labels, closed by eos_id and by nothing else.
+        Well-formed: exactly the expected boxes with known labels, closed by eos_id and nothing
+        else.
         """
         if not ids or ids[-1] != self.eos_id:
             return Trace(problem="not ended")
         body = ids[:-1]
         if self.eos_id in body or any(not 0 <= i < self._size for i in body):
             return Trace(problem="a token that does not belong into an answer")
-        steps, boxes = [], self.task.boxes
-        for end in (i + 1 for i, token in enumerate(body) if token in self._closers):
+        steps = []
+        boxes = self.task.boxes
+        ends = [i + 1 for i, token in enumerate(body) if token in self._closers]
+        for end in ends:
             found = self._boxed(body[:end])
             if len(found) > min(len(steps) + 1, len(boxes)):
                 return Trace(problem="too many boxes")
@@ -390,325 +567,451 @@ class TokenTask:
                 if label is None:
                     return Trace(problem="unknown label")
                 start = steps[-1].end if steps else 0
-                steps.append(Step(start, end, label, self._find_label(body, start, end, label)))
+                label_at = self._find_label(body, start, end, label)
+                steps.append(Step(start, end, label, label_at))
         if len(steps) < len(boxes):
             return Trace(problem="missing boxes")
-        return Trace(steps, steps[-1 if self.task.format == "reason-first" else 0].label)
+        final = steps[-1] if self.task.format == "reason-first" else steps[0]
+        return Trace(steps, final.label)
 
     def _find_label(self, ids, start, end, label):
+        """Where the label's first token stands in ids[start:end], directly behind the opening."""
         first = self._labels[label][0]
         for at in range(end - 1, start, -1):
-            if ids[at] == first and "".join(self.decode(ids[start:at]).split()).endswith("\\boxed{"):
+            before = "".join(self.decode(ids[start:at]).split())
+            if ids[at] == first and before.endswith("\\boxed{"):
                 return None if "\\boxed" in self.decode(ids[at:end]) else at
         return None
 
 
 def reward(trace, gold):
-    """1.0 for a well-formed answer with the gold label, else 0.0: 1(f(o) = l) of arXiv 2512.00968, nothing in between.
+    """1.0 for a well-formed answer with the gold label, else 0.0: 1(f(o) = l), arXiv 2512.00968.
 
-    Answer-first, the first box alone is the label. An explanation that contradicts it is well-formed: each of its steps is
-    judged by its own target, so stepwise credit goes to whichever of score and explanation is right (our rule).
+    Answer-first, the first box alone is the label. An explanation that contradicts it is
+    well-formed: each of its steps is judged by its own target, so stepwise credit goes to whichever
+    of score and explanation is right (our rule).
     """
     return float(trace.problem is None and trace.label == gold)
 
 
 def step_verdicts(trace, targets):
-    """Whether each step's label is its target; targets: a label per box. A malformed answer has no steps: []."""
+    """Whether each step's label is its target, a label per box; [] for a malformed answer."""
     return [step.label == target for step, target in zip(trace.steps, targets, strict=False)]
 
 
-# Metrics --------------------------------------------------------------------------------------------------------------
+# Metrics ------------------------------------------------------------------------------------------
+
+
+def metrics(task, records, predictions):
+    """Metrics of predictions against records with labels.
+
+    predictions: dicts with `label` (None for a malformed answer), `grade` (float) and, optionally,
+    `probs` and `steps`. A malformed answer is wrong everywhere; for the kappa it counts as the
+    label farthest from the gold one.
+    accuracy, binary_accuracy (relevant or not), macro_f1 (the mean over the labels that occur in
+    the gold data), kappa (quadratic), recall of each label that occurs, and confusion (rows: gold;
+    columns: predicted, malformed last) come from one table. ece, the calibration error, needs
+    probs; ndcg@10 needs query_id; step_accuracy needs step_labels and steps. contradicted
+    (answer-first): the share of answers whose last step ends at another label than the answer's.
+    """
+    Y = len(task.labels)
+    index = {label: i for i, label in enumerate(task.labels)} | {None: Y}
+    gold_N = np.array([index[record["label"]] for record in records])
+    predicted_N = np.array([index[prediction["label"]] for prediction in predictions])
+    table = np.zeros((Y, Y + 1), dtype=int)
+    np.add.at(table, (gold_N, predicted_N), 1)
+    right_Y = table.diagonal()
+    gold_Y = table.sum(1)
+    predicted_Y = table.sum(0)[:Y]
+    occurs_Y = gold_Y > 0
+    relevant_Y = np.array([label in task.relevant for label in task.labels])
+    same_side = table[:, :Y] * (relevant_Y[:, None] == relevant_Y)
+    f1_Y = 2 * right_Y / np.maximum(gold_Y + predicted_Y, 1)
+    recall_Y = right_Y / np.maximum(gold_Y, 1)
+    out = {
+        "accuracy": float(right_Y.sum() / len(records)),
+        "malformed": float(table[:, Y].sum() / len(records)),
+        "binary_accuracy": float(same_side.sum() / len(records)),
+        "macro_f1": float(f1_Y[occurs_Y].mean()),
+        "kappa": quadratic_kappa(table),
+        "recall": {task.labels[i]: float(recall_Y[i]) for i in np.flatnonzero(occurs_Y)},
+        "confusion": table.tolist(),
+    }
+    if all("probs" in prediction for prediction in predictions):
+        out["ece"] = calibration_error(records, predictions)
+    if all("query_id" in record for record in records):
+        out["ndcg@10"] = mean_ndcg(records, predictions, gold_N)
+    if all("steps" in prediction for prediction in predictions):
+        if all("step_labels" in record for record in records):
+            right = []
+            for record, prediction in zip(records, predictions, strict=True):
+                labels = [step["label"] for step in prediction["steps"]]
+                labels = labels or [None] * len(task.boxes)
+                gold = record["step_labels"]
+                right.append([a == b for a, b in zip(labels, gold, strict=True)])
+            accuracies = np.mean(right, 0).tolist()
+            out["step_accuracy"] = dict(zip(task.boxes, accuracies, strict=True))
+        if task.format == "answer-first" and task.steps:
+            contradicted = [
+                p["steps"] and p["steps"][-1]["label"] != p["label"] for p in predictions
+            ]
+            out["contradicted"] = float(np.mean([bool(x) for x in contradicted]))
+    return out
+
+
+def quadratic_kappa(table):
+    """Cohen's kappa with quadratic weights of a confusion table [Y, Y + 1]; 0.0 if undefined.
+
+    The last column, malformed, counts as the label farthest from the gold one.
+    """
+    Y = len(table)
+    classes = np.arange(Y)
+    farthest_Y = np.where(classes >= Y / 2, 0, Y - 1)
+    counts = table[:, :Y].astype(float)
+    counts[classes, farthest_Y] += table[:, Y]
+    expected = np.outer(counts.sum(1), counts.sum(0)) / counts.sum()
+    weights = np.subtract.outer(classes, classes) ** 2
+    chance = (weights * expected).sum()
+    return float(1 - (weights * counts).sum() / chance) if chance else 0.0
+
+
+def calibration_error(records, predictions, bins=15):
+    """Mean gap between the predicted label's probability and how often it is right, over bins."""
+    confidence_N = np.array([p["probs"].get(p["label"], 0.0) for p in predictions])
+    pairs = zip(records, predictions, strict=True)
+    right_N = np.array([record["label"] == prediction["label"] for record, prediction in pairs])
+    bin_N = np.minimum((confidence_N * bins).astype(int), bins - 1)
+    error = 0.0
+    for b in np.unique(bin_N):
+        in_bin = bin_N == b
+        error += abs(confidence_N[in_bin].mean() - right_N[in_bin].mean()) * in_bin.mean()
+    return float(error)
+
+
+def mean_ndcg(records, predictions, gains_N):
+    """nDCG@10 of the predicted grades, mean over the queries that have a gain; 0.0 without any."""
+    queries = {}
+    for record, prediction, gain in zip(records, predictions, gains_N, strict=True):
+        gains, grades = queries.setdefault(record["query_id"], ([], []))
+        gains.append(gain)
+        grades.append(prediction["grade"])
+    values = [ndcg(gains, grades) for gains, grades in queries.values()]
+    values = [value for value in values if value is not None]
+    return float(np.mean(values)) if values else 0.0
 
 
 def ndcg(gains, scores, k=10):
-    """nDCG@k of one query: linear gains, 1 / log2(rank + 1) discounts, ties in the scores averaged over their orders.
-    None where no document has a gain, which says nothing about the order."""
-    gains, scores = np.asarray(gains, float), np.asarray(scores, float)
-    discounts = np.where(np.arange(len(gains)) < k, 1 / np.log2(np.arange(len(gains)) + 2), 0.0)
+    """nDCG@k of one query: linear gains, 1 / log2(rank + 1) discounts, ties averaged.
+
+    None where no document has a gain, which says nothing about the order.
+    """
+    gains = np.asarray(gains, float)
+    ranks = np.arange(len(gains))
+    discounts = np.where(ranks < k, 1 / np.log2(ranks + 2), 0.0)
     ideal = np.sort(gains)[::-1] @ discounts
     if ideal == 0:
         return None
-    _, tie, counts = np.unique(-scores, return_inverse=True, return_counts=True)
+    # Documents of equal score share the mean gain of their tie, in whichever order they come.
+    _, tie, counts = np.unique(-np.asarray(scores, float), return_inverse=True, return_counts=True)
     mean_gains = np.bincount(tie, weights=gains) / counts
     ends = np.cumsum(counts)
     sums = np.concatenate([[0], np.cumsum(discounts)])
     return float(mean_gains @ (sums[ends] - sums[ends - counts]) / ideal)
 
 
-def quadratic_kappa(gold, predicted, classes):
-    """Cohen's kappa with quadratic weights over class indices 0 .. classes - 1; 0.0 where it is undefined."""
-    table = np.zeros((classes, classes))
-    np.add.at(table, (gold, predicted), 1)
-    expected = np.outer(table.sum(1), table.sum(0)) / max(table.sum(), 1)
-    weights = np.subtract.outer(np.arange(classes), np.arange(classes)) ** 2
-    return float(1 - (weights * table).sum() / (weights * expected).sum()) if (weights * expected).any() else 0.0
-
-
-def metrics(task, records, predictions):
-    """Metrics of predictions against records with labels.
-
-    predictions: dicts with `label` (None for a malformed answer), `grade` (float) and, optionally, `steps`.
-    A malformed answer is wrong everywhere; for the kappa it counts as the label farthest from the gold one. macro_f1 is the
-    mean over the labels that occur in the gold data. ndcg@10 needs query_id, step_accuracy needs step_labels. contradicted
-    (answer-first): the share of answers whose last step ends at another label than the answer's.
+def print_table(results, extra=()):
+    """Print {who: {test set: metrics}}, a line for each; extra: more columns (title, key, format).
     """
-    labels, Y = task.labels, len(task.labels)
-    gold = np.array([labels.index(r["label"]) for r in records])
-    got = np.array([labels.index(p["label"]) if p["label"] is not None else -1 for p in predictions])
-    relevant = np.array([label in task.relevant for label in labels] + [False])  # index -1: malformed
-    out = {"accuracy": float((gold == got).mean()), "malformed": float((got < 0).mean())}
-    out["binary_accuracy"] = float(((relevant[gold] == relevant[got]) & (got >= 0)).mean())
-    hits, golds, gots = ([int(x) for x in np.bincount(v[v >= 0], minlength=Y)] for v in (gold[gold == got], gold, got))
-    f1 = [2 * h / (a + b) for h, a, b in zip(hits, golds, gots, strict=True) if a]
-    out["macro_f1"] = float(np.mean(f1))
-    farthest = np.where(gold >= Y / 2, 0, Y - 1)
-    out["kappa"] = quadratic_kappa(gold, np.where(got < 0, farthest, got), Y)
-    if all("step_labels" in r for r in records) and all("steps" in p for p in predictions):
-        right = [
-            [step["label"] == gold for step, gold in zip(p["steps"], r["step_labels"], strict=True)]
-            if p["steps"]
-            else [False] * len(task.boxes)
-            for r, p in zip(records, predictions, strict=True)
-        ]
-        out["step_accuracy"] = dict(zip(task.boxes, np.mean(right, 0).tolist(), strict=True))
-    if task.format == "answer-first" and task.steps and all("steps" in p for p in predictions):
-        out["contradicted"] = float(np.mean([bool(p["steps"]) and p["steps"][-1]["label"] != p["label"] for p in predictions]))
-    if all("query_id" in r for r in records):
-        queries = {}
-        for record, prediction, gain in zip(records, predictions, gold, strict=True):
-            queries.setdefault(record["query_id"], []).append((gain, prediction["grade"]))
-        values = [v for pairs in queries.values() if (v := ndcg(*zip(*pairs, strict=True))) is not None]
-        out["ndcg@10"] = float(np.mean(values)) if values else 0.0
-    out["classes"] = {
-        name: {"gold": a, "predicted": b, "right": h} for name, a, b, h in zip(labels, golds, gots, hits, strict=True)
-    }
-    return out
+    columns = [
+        ("accuracy", "accuracy", ".3f"),
+        ("binary", "binary_accuracy", ".3f"),
+        ("macro-F1", "macro_f1", ".3f"),
+        ("kappa", "kappa", ".3f"),
+        ("nDCG@10", "ndcg@10", ".3f"),
+        ("ECE", "ece", ".3f"),
+        ("malformed", "malformed", ".3f"),
+        *extra,
+    ]
+    print(f"\n{'':9}{'test set':<16}" + "".join(f"{title:>11}" for title, _, _ in columns))
+    for who, tests in results.items():
+        for name, values in tests.items():
+            cells = [
+                format(values[key], spec) if key in values else "-" for _, key, spec in columns
+            ]
+            print(f"{who:<9}{name:<16}" + "".join(f"{cell:>11}" for cell in cells))
 
 
-# Models ---------------------------------------------------------------------------------------------------------------
+# Models -------------------------------------------------------------------------------------------
 
 
 def load_model(source, device=None, dtype=torch.float32, seed=0):
-    """Load (model, tokenizer) of a decoder-only model from a folder or a hub name: safetensors only, no remote code.
+    """Load (model, tokenizer) of a decoder-only model: safetensors only, no remote code.
 
-    A folder that holds a config and a tokenizer but no weights gives a fresh model, initialised from `seed`. device "meta"
-    gives the architecture alone: nothing is read or initialised, whatever weights there are.
+    source: a folder or a hub name. A folder with config and tokenizer but without weights gives a
+    fresh model, initialised from `seed`. device "meta" gives the architecture alone: nothing is
+    read or initialised, whatever weights there are.
     Raises TaskError for a folder without config or tokenizer, or with pickled weights.
     """
     folder = Path(source)
     if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise TaskError(f"{source}: no config.json; a model folder holds config, tokenizer and safetensors weights")
-        if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-            raise TaskError(f"{source}: no tokenizer (tokenizer.json); save one with tokenizer.save_pretrained")
+        check_model_folder(folder)
     elif folder.exists() or str(source).startswith((".", "/")) or str(source).count("/") > 1:
         raise TaskError(f"{source}: not a model folder; name one, or a hub model")
+    has_weights = not folder.is_dir() or any(folder.glob("*.safetensors"))
+    settings = {"dtype": dtype, "trust_remote_code": False}
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         if device == "meta":
             with torch.device("meta"):
-                config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-                model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
-        elif not folder.is_dir() or list(folder.glob("*.safetensors")):
-            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True, trust_remote_code=False)
-        elif list(folder.glob("*.bin")) + list(folder.glob("*.pt")):
-            raise TaskError(f"{source}: only pickled weights, which are not loaded; convert them to safetensors")
+                model = AutoModelForCausalLM.from_config(config, **settings)
+        elif has_weights:
+            model = AutoModelForCausalLM.from_pretrained(source, use_safetensors=True, **settings)
         else:
             torch.manual_seed(seed)
-            config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
-    except TaskError:
-        raise
+            model = AutoModelForCausalLM.from_config(config, **settings)
     except Exception as error:  # whatever a broken or foreign folder makes the libraries raise
-        raise TaskError(f"{source}: cannot be loaded: {type(error).__name__}: {str(error).splitlines()[0]}") from error
+        first_line = str(error).partition("\n")[0]
+        raise TaskError(
+            f"{source}: cannot be loaded: {type(error).__name__}: {first_line}"
+        ) from error
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-        raise TaskError(f"{source}: the tokenizer has more tokens ({len(tokenizer)}) than the model's embedding")
-    model.generation_config = GenerationConfig()  # nothing (temperature, top-k, ...) is taken over silently
+        raise TaskError(
+            f"{source}: the tokenizer has more tokens ({len(tokenizer)}) than the model's embedding"
+        )
+    model.generation_config = GenerationConfig()  # no temperature, top-k, ... is taken over
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return model.eval().to(device), tokenizer
 
 
-class PaddedEngine:
-    """Greedy answers and next-token logits through Hugging Face's own forward, for left-padded batches. The plain way:
-    train.py brings an engine with the same two methods that shares prefixes (rollout.py)."""
-
-    def __init__(self, model, eos_id, max_new_tokens):
-        self.model, self.eos_id, self.max_new_tokens = model, eos_id, max_new_tokens
-
-    def _pad(self, rows):
-        width = max(map(len, rows))
-        ids = torch.tensor([[self.eos_id] * (width - len(row)) + row for row in rows])
-        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])  # from lengths, not from pad ids
-        return {"input_ids": ids.to(self.model.device), "attention_mask": mask.to(self.model.device)}
-
-    @torch.no_grad()
-    def generate(self, prompts):
-        """Greedy answers (lists of ids, eos included where the model ended) to prompts (lists of ids)."""
-        batch = self._pad(prompts)
-        settings = GenerationConfig(
-            max_new_tokens=self.max_new_tokens, do_sample=False, eos_token_id=self.eos_id, pad_token_id=self.eos_id
+def check_model_folder(folder):
+    """Raise TaskError for a folder without config or tokenizer, or with pickled weights alone."""
+    if not (folder / "config.json").is_file():
+        raise TaskError(
+            f"{folder}: no config.json; a model folder holds config, tokenizer, safetensors weights"
         )
-        rows = self.model.generate(**batch, generation_config=settings)[:, batch["input_ids"].shape[1] :].tolist()
-        return [row[: row.index(self.eos_id) + 1] if self.eos_id in row else row for row in rows]
-
-    @torch.no_grad()
-    def label_logits(self, sequences, label_ids):
-        """float32 logits [N, Y] of the label ids as the next token of each sequence."""
-        batch = self._pad(sequences)
-        positions = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
-        logits = self.model(**batch, position_ids=positions, logits_to_keep=1).logits[:, -1]
-        return logits[:, label_ids].float().cpu()
-
-
-# Scoring --------------------------------------------------------------------------------------------------------------
+    if not any((folder / x).is_file() for x in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        raise TaskError(
+            f"{folder}: no tokenizer (tokenizer.json); save one with tokenizer.save_pretrained"
+        )
+    pickled = [*folder.glob("*.bin"), *folder.glob("*.pt")]
+    if pickled and not any(folder.glob("*.safetensors")):
+        raise TaskError(
+            f"{folder}: only pickled weights, which are not loaded; convert them to safetensors"
+        )
 
 
-def judge(tokens, engine, records, explain=True):
-    """Grade records (query, document); returns a dict each: label, grade, probs, well_formed and, explained, the steps.
+# Scoring ------------------------------------------------------------------------------------------
 
-    The label distribution is a softmax over the labels' first tokens at one position: behind the model's own reasoning
-    (reason-first), or directly behind the prompt and "\\boxed{" (answer-first, one prefill; the answer is only generated
-    if explain). A malformed answer gets label None; its probabilities are read with "\\boxed{" put behind what it wrote.
-    """
-    task, prompts = tokens.task, tokens.prompts(records)
-    answers = engine.generate(prompts) if explain or task.format == "reason-first" else [[]] * len(prompts)
-    traces = [tokens.parse(answer) for answer in answers]
-    sequences = []
-    for prompt, answer, trace in zip(prompts, answers, traces, strict=True):
-        if task.format == "answer-first":
-            cut = tokens.opening
-        elif trace.problem is None and trace.steps[-1].label_at is not None:
-            cut = answer[: trace.steps[-1].label_at]
-        else:
-            cut = [token for token in answer if token != tokens.eos_id] + tokens.opening
-        sequences.append([*prompt, *cut])
-    probs = torch.softmax(engine.label_logits(sequences, tokens.label_ids), -1).double().numpy()
-    probs /= probs.sum(-1, keepdims=True)
+
+def predictions_of(task, logits_NY):
+    """Predictions from label logits, as `metrics` takes them: dicts of label, grade and probs."""
+    probs_NY = torch.softmax(logits_NY.double(), -1).cpu().numpy()
     out = []
-    for answer, trace, row in zip(answers, traces, probs, strict=True):
-        label, well_formed = trace.label, trace.problem is None
-        if not answer:  # answer-first without explanation: the most probable label
-            label, well_formed = task.labels[int(row.argmax())], True
-        result = {
-            "label": label,
-            "grade": float(task.grade(row)),
-            "probs": dict(zip(task.labels, row.tolist(), strict=True)),
-        }
-        result["well_formed"] = well_formed
-        if explain:
-            result["problem"] = trace.problem
-            result["answer"] = tokens.decode([token for token in answer if token != tokens.eos_id]).strip()
-            result["steps"] = [
-                {"step": name, "label": step.label, "text": tokens.decode(answer[step.start : step.end]).strip()}
-                for name, step in zip(task.boxes, trace.steps, strict=False)
-            ]
-        out.append(result)
+    for probs_Y in probs_NY:
+        out.append(
+            {
+                "label": task.labels[int(probs_Y.argmax())],
+                "grade": float(task.grade(probs_Y)),
+                "probs": dict(zip(task.labels, probs_Y.tolist(), strict=True)),
+            }
+        )
     return out
 
 
-def _load_for_scoring(args):
-    if args.max_new_tokens < 1:
-        raise TaskError(f"--max_new_tokens {args.max_new_tokens}: must be at least 1")
-    task = Task.load(args.task or args.model)
-    task.check_model(args.model)
-    model, tokenizer = load_model(args.model)
+def judge(renderer, engine, records, explain=True):
+    """Grade records (query, document): label, grade, probs, well_formed; explained, the steps too.
+
+    engine: rollout.Engine, or anything with its `generate` and `label_logits`.
+    The label distribution is a softmax over the labels' first tokens at one position: behind the
+    model's own reasoning (reason-first), or directly behind the prompt and "\\boxed{"
+    (answer-first; the answer is only generated if explain). Where the answer itself goes through
+    that position, the logits of its generation are taken; else it takes another forward pass. A
+    malformed answer gets label None, and is read with "\\boxed{" put behind what it wrote.
+    """
+    task = renderer.task
+    prompts = renderer.prompts(records)
+    answers = label_logits = [[]] * len(prompts)
+    if explain or task.format == "reason-first":
+        answers, label_logits = engine.generate(prompts)
+    traces = [renderer.parse(answer) for answer in answers]
+
+    logits_NY = torch.zeros(len(prompts), len(task.labels))
+    unread = []  # answers whose label has another position than those that were generated
+    sequences = []
+    for i, (prompt, answer, trace) in enumerate(zip(prompts, answers, traces, strict=True)):
+        if task.format == "answer-first":
+            before_label = renderer.opening
+        elif trace.problem is None and trace.steps[-1].label_at is not None:
+            before_label = answer[: trace.steps[-1].label_at]
+        else:
+            before_label = [t for t in answer if t != renderer.eos_id] + renderer.opening
+        at = len(before_label)
+        if answer[:at] == before_label and len(answer) > at:
+            logits_NY[i] = label_logits[i][at]
+        else:
+            unread.append(i)
+            sequences.append([*prompt, *before_label])
+    if unread:
+        logits_NY[unread] = engine.label_logits(sequences)
+
+    results = predictions_of(task, logits_NY)
+    for result, answer, trace in zip(results, answers, traces, strict=True):
+        result["well_formed"] = trace.problem is None or not answer
+        if answer:
+            result["label"] = trace.label
+        if explain:
+            text = [token for token in answer if token != renderer.eos_id]
+            result["problem"] = trace.problem
+            result["answer"] = renderer.decode(text).strip()
+            result["steps"] = []
+            for name, step in zip(task.boxes, trace.steps, strict=False):
+                text = renderer.decode(answer[step.start : step.end]).strip()
+                result["steps"].append({"step": name, "label": step.label, "text": text})
+    return results
+
+
+def load_judge(model, task, max_new_tokens):
+    """(renderer, engine) of a model's folder, for `judge`; task: a folder, or None for the model's.
+
+    Raises TaskError if they do not fit each other.
+    """
+    try:
+        import rollout
+    except ImportError as error:
+        raise TaskError(f"scoring needs rollout.py beside grm.py: {error}") from None
+    if max_new_tokens < 1:
+        raise TaskError(f"--max_new_tokens {max_new_tokens}: must be at least 1")
+    task = Task.load(task or model)
+    task.check_model(model)
+    model, tokenizer = load_model(model)
     context = model.config.max_position_embeddings
-    # 16: room to force the box's opening behind an answer that did not end
-    tokens = TokenTask(task, tokenizer, context - args.max_new_tokens - 16)
-    return tokens, PaddedEngine(model, tokens.eos_id, args.max_new_tokens)
+    renderer = Renderer(task, tokenizer, context, max_new_tokens)
+    try:
+        rollout.use_tree_attention(model)
+    except rollout.UnsupportedModel as error:
+        raise TaskError(f"{error}") from None
+    return renderer, rollout.Engine(model, renderer.eos_id, renderer.label_ids, max_new_tokens)
 
 
 def score_file(args):
-    """`grm.py score`: grade a JSON Lines file. Results go to OUT.partial, whose first line holds the settings; a stopped
-    run goes on from there, and OUT appears when all is done."""
-    out, partial = Path(args.out), Path(args.out + ".partial")
-    settings = {
-        name: str(getattr(args, name)) for name in ("model", "task", "pairs", "explain", "max_new_tokens", "batch_size")
-    }
+    """`grm.py score`: grade a JSON Lines file.
+
+    Results go to OUT.partial, whose first line holds the settings; a stopped run goes on from
+    there, and OUT appears when all is done.
+    """
+    out = Path(args.out)
+    partial = Path(f"{out}.partial")
     if args.batch_size < 1:
         raise TaskError(f"--batch_size {args.batch_size}: must be at least 1")
     if out.exists():
         raise TaskError(f"--out {out}: exists; delete it or choose another name")
     if not out.absolute().parent.is_dir() or not os.access(out.absolute().parent, os.W_OK):
         raise TaskError(f"--out {out}: its folder does not exist, or cannot be written")
-    tokens, engine = _load_for_scoring(args)
-    records = tokens.task.read(args.pairs, fields=())
-    tokens.prompts(records)  # so that a pair that does not fit is named before any work
-    if tokens.truncated:
-        print(f"{tokens.truncated} of {len(records)} documents were cut to fit the model's context", file=sys.stderr)
-    done = partial.read_bytes().split(b"\n")[:-1] if partial.exists() else []  # an unfinished last line is dropped
+    renderer, engine = load_judge(args.model, args.task, args.max_new_tokens)
+    records = renderer.task.read(args.pairs, required=())
+    renderer.prompts(records)  # so that a pair that does not fit is named before any work
+    if renderer.truncated:
+        cut = f"{renderer.truncated} of {len(records)} documents"
+        print(f"{cut} were cut to fit the model's context", file=sys.stderr)
+
+    settings = {name: getattr(args, name) for name in ("explain", "max_new_tokens", "batch_size")}
+    settings["inputs"] = hash_files([args.model, renderer.task.folder / "criteria.md", args.pairs])
     header = json.dumps(settings).encode()
-    if done and done[0] != header:
-        raise TaskError(f"{partial}: belongs to a run with other settings (its first line); delete it or change --out")
-    # Whole batches only: another batch means other padding, and other last digits.
-    done = done[: 1 + (len(done) - 1) // args.batch_size * args.batch_size] or [header]
+    lines = partial.read_bytes().split(b"\n")[:-1] if partial.exists() else []  # whole lines
+    if lines and lines[0] != header:
+        raise TaskError(
+            f"{partial}: belongs to a run with other settings, model or pairs; "
+            "delete it or change --out"
+        )
+    # Whole batches only: in another batch a pair's last digits may differ.
+    done = max(0, len(lines) - 1) // args.batch_size * args.batch_size
     with open(partial, "wb") as file:
-        file.write(b"".join(line + b"\n" for line in done))
-        bar = tqdm(total=len(records), initial=len(done) - 1, unit="pair", disable=None)
-        for start in range(len(done) - 1, len(records), args.batch_size):
+        file.write(b"\n".join([header, *lines[1 : 1 + done], b""]))
+        bar = tqdm(total=len(records), initial=done, unit="pair", disable=None)
+        for start in range(done, len(records), args.batch_size):
             batch = records[start : start + args.batch_size]
-            for record, result in zip(batch, judge(tokens, engine, batch, args.explain), strict=True):
-                kept = {name: value for name, value in record.items() if name != "where"}
-                # `label` is the model's; a label that the input had is kept as `gold`
-                # (in a file that was graded before, `label` is that grade, and `gold` there already)
-                kept = ({"gold": kept.pop("label")} if "label" in kept else {}) | kept
-                file.write(json.dumps(kept | result, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
+            results = judge(renderer, engine, batch, args.explain)
+            for record, result in zip(batch, results, strict=True):
+                line = json.dumps(scored(record, result), ensure_ascii=False)
+                file.write(line.encode("utf-8", "backslashreplace") + b"\n")
             file.flush()
             bar.update(len(batch))
         bar.close()
-    lines, temporary = partial.read_bytes().split(b"\n", 1)[1], Path(f"{out}.tmp")
+
+    lines = partial.read_bytes().split(b"\n", 1)[1]
+    temporary = Path(f"{out}.tmp")
     temporary.write_bytes(lines)
     os.replace(temporary, out)
     partial.unlink()
     results = [json.loads(line) for line in lines.splitlines()]
-    print(f"{out}: {len(results)} pairs, {sum(not r['well_formed'] for r in results)} malformed")
-    gold = [{**r, "label": r["gold"]} for r in results if r.get("gold") in tokens.task.labels]
-    if gold and len(gold) == len(results):
-        print(json.dumps(metrics(tokens.task, gold, results), indent=1))
+    malformed = sum(not result["well_formed"] for result in results)
+    print(f"{out}: {len(results)} pairs, {malformed} malformed")
+    if all(result.get("gold") in renderer.task.labels for result in results):
+        gold = [result | {"label": result["gold"]} for result in results]
+        print(json.dumps(metrics(renderer.task, gold, results), indent=1))
+
+
+def scored(record, result):
+    """A record with its result. `label` is the model's; one that the input had is kept as `gold`.
+
+    In a file that was graded before, `label` is that grade, and `gold` is there already.
+    """
+    kept = {name: value for name, value in record.items() if name not in ("where", "label")}
+    if "label" in record:
+        kept = {"gold": record["label"]} | kept
+    return kept | result
 
 
 def judge_pair(args):
     """`grm.py judge`: one reasoned judgement, printed."""
-    tokens, engine = _load_for_scoring(args)
+    renderer, engine = load_judge(args.model, args.task, args.max_new_tokens)
     try:
-        record = tokens.task._check({"query": args.query, "document": args.document}, fields=())
+        record = renderer.task.check({"query": args.query, "document": args.document})
     except ValueError as error:
         raise TaskError(f"{error}") from None
-    result = judge(tokens, engine, [record])[0]
+    (result,) = judge(renderer, engine, [record])
     if result["problem"]:
         print(f"malformed answer ({result['problem']}): {result['answer']}")
     for step in result["steps"]:
         print(f"{step['step']:>14} | {step['text']}")
     for label, p in result["probs"].items():
         mark = "<- answer" if label == result["label"] else ""
-        print(f"{label:>14} | {'#' * round(40 * p):<40} {p:.3f} {mark}")
+        print(f"{label:>14} | {'#' * round(40 * p):<40} {p:.3f} {mark}".rstrip())
     print(f"{'expected':>14} | {result['grade']:.2f}")
 
 
 def main():
     """Command line: `score` a file of pairs or `judge` one pair."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    score, single = (
-        commands.add_parser("score", help="grade a file"),
-        commands.add_parser("judge", help="grade one pair"),
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    for sub in (score, single):
-        sub.add_argument("--model", required=True, help="model folder or hub name")
-        sub.add_argument("--task", help="folder with criteria.md (default: the model's, which train.py puts beside it)")
-        sub.add_argument("--max_new_tokens", type=int, default=128, help="longest answer, in tokens (default 128)")
-    score.add_argument("--pairs", required=True, help="JSON Lines with query and document; a label is kept as gold")
+    commands = parser.add_subparsers(dest="command", required=True)
+    score = commands.add_parser("score", help="grade a file")
+    single = commands.add_parser("judge", help="grade one pair")
+    for command in (score, single):
+        command.add_argument("--model", required=True, help="model folder or hub name")
+        command.add_argument("--task", help="folder with criteria.md (default: the model's own)")
+        command.add_argument(
+            "--max_new_tokens", type=int, default=128, help="longest answer in tokens (default 128)"
+        )
     score.add_argument(
-        "--out", required=True, help="JSON Lines to write; a stopped run is kept in OUT.partial, and goes on there"
+        "--pairs", required=True, help="JSON Lines with query, document; a label is kept as gold"
+    )
+    score.add_argument(
+        "--out", required=True, help="JSON Lines to write; a stopped run goes on from OUT.partial"
     )
     score.add_argument("--explain", action="store_true", help="write the reasoning steps too")
-    score.add_argument("--batch_size", type=int, default=32, help="pairs a batch (default 32)")
+    score.add_argument("--batch_size", type=int, default=256, help="pairs a batch (default 256)")
     single.add_argument("query")
     single.add_argument("document")
     args = parser.parse_args()
     hf_logging.disable_progress_bar()
     try:
-        {"score": score_file, "judge": judge_pair}[args.command](args)
+        if args.command == "score":
+            score_file(args)
+        else:
+            judge_pair(args)
     except TaskError as error:
         sys.exit(f"{error}")
     except KeyboardInterrupt:

@@ -1,88 +1,126 @@
-"""Many processes that compute what one would, and checkpoints that outlive them.     (how does it run for hours on many GPUs?)
+"""Many processes that compute what one would; runs that outlive them.    (how does one run go on?)
 
-`torchrun` starts one process (rank) for each GPU. Each takes its share of a batch; what is global (losses, norms, metrics,
-the decision to stop) is summed or gathered, so results do not depend on the number of ranks beyond rounding:
+`torchrun` starts one process (rank) for each GPU. Each takes its share of a batch; what is global
+(losses, norms, metrics, the decision to stop) is summed or gathered, so results do not depend on
+the number of ranks beyond rounding. A training loop reads:
 
-    ranks = Ranks(timeout_s=1800)                                # one process without torchrun
-    model, call = ranks.shard(load, half=True)                   # FSDP2: float32 master weights, bf16 compute
-    mine = batch[ranks.share(len(batch))]
-    loss = ranks.backward(call, loss_of, micro_batches(mine), nothing)    # gradients are summed over ranks, not averaged
-    norm = clip_gradients(model, 1.0); optimizer.step()
-    checkpoints = Checkpoints("runs/x/checkpoints", ranks)       # safetensors and JSON; any number of ranks may go on
-    checkpoints.save(step, model, optimizer, lambda: {"step": step})
+    ranks = Ranks()                                       # one process without torchrun
+    policy = shard(make, ranks, bf16=True)                # FSDP2: float32 weights, bf16 compute
+    optimizer = torch.optim.AdamW(policy.parameters())
+    progress = Progress("runs/x", settings, ranks, stage="train", save_every=100)
+    progress.start(policy, optimizer)                     # goes on where a former run was stopped
+    for step in progress.steps(1000):
+        batch = epoch_batch(records, 64, step, seed)
+        mine = batch[ranks.share(len(batch))]
+        for part in ranks.equalize(cut(mine), empty=[]):  # every rank has equally many
+            policy(part).backward()                       # gradients are summed over ranks
+        progress.optimizer_step(policy, optimizer, loss, learning_rate(1e-4, step, 1000))
+        progress.log("metrics", {"step": step + 1, "loss": loss})
 
-Whatever travels between ranks is a tensor or JSON. This file needs torch and safetensors only; copy it alone.
+Whatever travels between ranks is a tensor or JSON. This file needs torch, numpy, safetensors and
+tqdm only; copy it alone.
 """
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import signal
 import sys
+import time
 import warnings
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+from tqdm import tqdm
+
+
+class RunError(Exception):
+    """A run that cannot begin or go on. The message says why, and what to do."""
+
+
+class Stopped(Exception):  # noqa: N818 (it is no error)
+    """The run was asked to stop, and has saved."""
+
+
+def print0(text):
+    """Print a line on rank 0 alone, above a progress bar."""
+    if os.environ.get("RANK", "0") == "0":
+        tqdm.write(str(text))
+
+
+# Ranks --------------------------------------------------------------------------------------------
 
 
 class Ranks:
-    """This process among those that torchrun started: rank, world (their number), device, and how they talk.
+    """This process among those that torchrun started: rank, world (their number), device.
 
-    timeout_s: a collective that waits longer for another rank raises, which ends the job. shard_size: ranks that share one
-    copy of the weights (0: all); with fewer than all, groups of ranks hold copies of each other (HSDP).
-    Raises ValueError where shard_size does not divide the number of ranks.
+    timeout_s: a collective that waits longer for another rank raises, which ends the job.
     """
 
-    def __init__(self, timeout_s=1800, shard_size=0):
-        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        if shard_size and self.world % shard_size:
-            raise ValueError(f"shard_size {shard_size}: does not divide the {self.world} ranks")
-        cuda, self.mesh, self._asked_to_stop = torch.cuda.is_available(), None, False
-        self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
-        if cuda:
+    def __init__(self, timeout_s=1800):
+        self.rank = int(os.environ.get("RANK", 0))
+        self.world = int(os.environ.get("WORLD_SIZE", 1))
+        self.device = torch.device("cpu")
+        self.mesh = None
+        self.asked_to_stop = False
+        backend = "gloo"
+        if torch.cuda.is_available():
+            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(self.device)
+            # gloo beside nccl: small sums and gathers of CPU tensors do not wait for the GPU.
+            backend = "cpu:gloo,cuda:nccl"
         if self.world > 1:
             if not dist.is_initialized():
-                self._join("cpu:gloo,cuda:nccl" if cuda else "gloo", timedelta(seconds=timeout_s))
-            if shard_size in (0, self.world):
-                self.mesh = init_device_mesh(self.device.type, (self.world,))
-            else:
-                names = ("replicate", "shard")
-                self.mesh = init_device_mesh(self.device.type, (self.world // shard_size, shard_size), mesh_dim_names=names)
+                self._join(backend, timedelta(seconds=timeout_s))
+            self.mesh = init_device_mesh(self.device.type, (self.world,))
 
     def _join(self, backend, timeout):
-        """Form the group of processes. gloo beside nccl: small sums and gathers of CPU tensors do not wait for the GPU."""
+        """Form the group of processes."""
         store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
         if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
-            # torchrun keeps one store over restarts, in which a rank would find the addresses of the dead. (Of several
-            # nodes, each counts its own restarts: there, torchrun wants TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, a fresh store.)
+            # torchrun keeps one store over restarts, in which a rank would find the addresses of
+            # the dead. (Of several nodes, each counts its own restarts: there, torchrun wants
+            # TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment, a fresh store.)
             store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
-
-    # Shares, sums, gathers
 
     def share(self, count):
         """The slice of `count` things that this rank takes; sizes differ by at most one."""
         return slice(self.rank * count // self.world, (self.rank + 1) * count // self.world)
 
-    def sum(self, values):
-        """Sums over the ranks of a list of numbers, as floats (added in float64, in the same order on every rank)."""
-        return torch.tensor(self.gather_json(list(map(float, values))), dtype=torch.float64).sum(0).tolist()
+    def equalize(self, micro_batches, empty):
+        """This rank's micro-batches, and `empty` ones until it has as many as the rank with most.
+
+        FSDP gathers weights in each forward and backward pass, so all ranks must run equally many.
+        """
+        missing = self.max(len(micro_batches)) - len(micro_batches)
+        return [*micro_batches, *[empty] * missing]
+
+    def sum(self, value):
+        """Sum over the ranks of a number, or of each number in a dict.
+
+        Added as Python floats in the order of the ranks, so every rank has the same digits.
+        """
+        values = self.gather_json(value)
+        if isinstance(value, dict):
+            return {name: sum(other[name] for other in values) for name in value}
+        return sum(values)
 
     def max(self, value):
-        """The largest of the ranks' integers."""
-        return max(self.gather_json(int(value)))
+        """The largest of the ranks' numbers."""
+        return max(self.gather_json(value))
 
     def gather(self, x):
-        """Rows of every rank's tensor [rows, ...], in the order of the ranks, on every rank. Numbers of rows may differ."""
+        """Rows of every rank's tensor [rows, ...], rank by rank, on every rank."""
         if self.world == 1:
             return x
         sizes = [torch.zeros((), dtype=torch.long) for _ in range(self.world)]
@@ -91,144 +129,167 @@ class Ranks:
         padded[: len(x)] = x
         parts = [torch.empty_like(padded) for _ in sizes]
         dist.all_gather(parts, padded)
-        return torch.cat([part[:size] for part, size in zip(parts, map(int, sizes), strict=True)])
+        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
 
     def gather_json(self, value):
         """The list of every rank's value (anything that JSON holds)."""
         if self.world == 1:
             return [value]
-        line = torch.frombuffer(bytearray(json.dumps(value).encode() + b"\n"), dtype=torch.uint8)
-        return [json.loads(text) for text in bytes(self.gather(line).tolist()).splitlines()]
+        line = json.dumps(value).encode() + b"\n"
+        lines = self.gather(torch.frombuffer(bytearray(line), dtype=torch.uint8))
+        return [json.loads(text) for text in bytes(lines.tolist()).splitlines()]
 
-    def wait(self):
-        """Until every rank is here."""
+    def barrier(self):
+        """Wait until every rank is here."""
         self.gather_json(None)
 
-    def first(self, work):
-        """Rank 0 calls `work`; an OSError there is raised on every rank."""
-        error = None
+    def on_rank_0(self, work, *args):
+        """Call work(*args) on rank 0; its result (JSON) or its failure, a RunError, on every rank.
+        """
+        result = error = None
         if self.rank == 0:
             try:
-                work()
+                result = work(*args)
+            except RunError as failure:
+                error = str(failure)
             except OSError as failure:
                 error = f"{failure.filename or ''}: {failure.strerror or failure}"
-        if error := self.gather_json(error)[0]:
-            raise OSError(error)
+        result, error = self.gather_json([result, error])[0]
+        if error is not None:
+            raise RunError(error)
+        return result
 
-    # The end of it
+    def stop_on_signals(self):
+        """From now on SIGTERM and SIGINT, to any rank, make `stopping` true; a second one kills."""
+        signal.signal(signal.SIGINT, self._on_signal)
+        signal.signal(signal.SIGTERM, self._on_signal)
 
-    def stop_on_signals(self, say):
-        """From now on, SIGTERM and SIGINT to any rank make `stopping` true; a second one ends the process as ever.
-        say: called, without arguments, when the first one comes."""
-
-        def on_signal(number, frame):
-            self._asked_to_stop = True
-            signal.signal(number, signal.SIG_DFL)
-            say()
-
-        signal.signal(signal.SIGINT, on_signal)
-        signal.signal(signal.SIGTERM, on_signal)
+    def _on_signal(self, number, frame):
+        self.asked_to_stop = True
+        signal.signal(number, signal.SIG_DFL)
+        print0("stopping after this step; once more to stop at once, unsaved")
 
     def stopping(self):
         """Whether any rank has been asked to stop; all ranks get the same answer."""
-        return bool(self.max(self._asked_to_stop))
-
-    def leave(self):
-        """End this process, one of several, with exit code 0; without others, do nothing.
-
-        Not by way of the interpreter: now and then threads of the process group abort it on its way out.
-        """
-        if self.world > 1:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(0)
-
-    # Models
-
-    def shard(self, load, half=False):
-        """(model, call): a Hugging Face model to train, in float32 master weights; with several ranks, FSDP2 shards it.
-
-        load: gives the model in float32 on a device; of several ranks only the first loads its weights (on "cpu"), all
-        load "meta", the architecture alone. half: compute in bfloat16, reduce gradients in float32. Compute losses as
-        call(function): FSDP gathers the weights of head and embedding around it, and those of each layer around the layer.
-        """
-        if self.world == 1:
-            return load(self.device), partial(_call, self.device, half)
-        weights, model = None if self.rank else load("cpu"), load("meta")
-        policy, dtype = _Policy(model), torch.bfloat16 if half else None
-        settings = {"mesh": self.mesh, "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)}
-        for module in (*transformer_layers(model), policy):
-            fully_shard(module, **settings)
-        for module in policy.modules():
-            if isinstance(module, FSDPModule):  # losses are divided by global counts, so gradients are summed
-                module.set_gradient_divide_factor(1.0)
-                module.set_force_sum_reduction_for_comms(True)
-        self._fill(model, weights)
-        return model, policy
-
-    def whole(self, load, model, half=False):
-        """The model as each rank needs it to sample from or to save: a whole copy, in bfloat16 if `half`;
-        itself, where it is whole and in the right precision already. Every rank must call it."""
-        return whole_copy(load("meta"), model, half) if half or self.world > 1 else model
-
-    def passes(self, parts):
-        """This rank's micro-batches, and None until it has as many as the rank with most: FSDP's gathers need all ranks."""
-        return [*parts, *[None] * (self.max(len(parts)) - len(parts))]
-
-    def backward(self, call, loss_of, parts, nothing):
-        """Add up the gradients of loss_of(part) over this rank's micro-batches and all ranks; returns the sum of the losses.
-
-        call: from `shard`. nothing: a function that gives a loss of 0 through all weights, for ranks with fewer parts.
-        """
-        total = 0.0
-        for part in self.passes(parts):
-            loss = call(nothing if part is None else partial(loss_of, part))
-            loss.backward()
-            total += float(loss.detach())
-        return self.sum([total])[0]
-
-    @torch.no_grad()
-    def _fill(self, model, weights):
-        """Give a model on the meta device memory, and rank 0's weights and buffers, one tensor at a time."""
-        model.to_empty(device=self.device)
-        model.tie_weights()  # to_empty forgets which are the same
-        source = dict([*weights.named_parameters(), *weights.named_buffers()]) if weights is not None else {}
-        for name, x in [*model.named_parameters(), *model.named_buffers()]:
-            empty = torch.empty(x.shape, dtype=x.dtype, device=self.device)  # x.shape is the whole's, sharded or not
-            whole = empty.copy_(source[name]) if source else empty
-            dist.broadcast(whole, 0)
-            # every rank has it now: cutting out the own part needs no further communication
-            x.copy_(distribute_tensor(whole, x.device_mesh, x.placements, src_data_rank=None) if is_sharded(x) else whole)
-
-    def __repr__(self):
-        return f"rank {self.rank} of {self.world}"
+        return self.max(self.asked_to_stop)
 
 
-class _Policy(torch.nn.Module):
-    """The root of a sharded model: its forward is whatever uses the weights, so that FSDP's hooks surround it."""
+def launch(main, errors=()):
+    """Call main() as the whole of a script; what a user can mend ends it with one line.
 
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
+    errors: further exceptions, beside RunError and OSError, of which the message says it all.
+    """
+    try:
+        main()
+    except Stopped as stopped:
+        print0(stopped)
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command goes on from what is saved")
+    except (RunError, OSError, *errors) as error:
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(5)  # rank 0 speaks first: torchrun ends the others as soon as one has left
+        sys.exit(str(error))
+    if dist.is_initialized():
+        # Not by way of the interpreter: now and then, threads of the process group abort it there.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
-    def forward(self, work):
-        return work()
+
+# Models -------------------------------------------------------------------------------------------
 
 
-def _call(device, half, work):
-    with torch.autocast(device.type, torch.bfloat16, enabled=half):
-        return work()
+def shard(make, ranks, bf16=False):
+    """A module to train in float32 master weights; with several ranks, FSDP2 shards it.
+
+    make(device) gives the module, with a Hugging Face transformer as its `.model`. Of several ranks
+    only rank 0 loads weights (on "cpu"), all build "meta", the architecture alone. Call the module
+    as usual: FSDP gathers the weights of head and embedding around its forward and backward, and
+    those of each layer around the layer. Gradients are summed over ranks, not averaged.
+    bf16: compute in bfloat16, reduce gradients in float32.
+    """
+    if ranks.world == 1:
+        module = make(ranks.device)
+        if bf16:
+            module.forward = torch.autocast(ranks.device.type, torch.bfloat16)(module.forward)
+        return module
+    weights = make("cpu") if ranks.rank == 0 else None
+    module = make("meta")
+    compute_dtype = torch.bfloat16 if bf16 else None
+    precision = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
+    for block in (*transformer_layers(module.model), module):
+        fully_shard(block, mesh=ranks.mesh, mp_policy=precision)
+    for block in module.modules():
+        if isinstance(block, FSDPModule):
+            # Losses are divided by global counts, so gradients are summed.
+            block.set_gradient_divide_factor(1.0)
+            block.set_force_sum_reduction_for_comms(True)
+    _fill(module, weights, ranks.device)
+    return module
+
+
+@torch.no_grad()
+def _fill(module, weights, device):
+    """Give a sharded module on the meta device memory, and rank 0's weights and buffers."""
+    module.to_empty(device=device)
+    module.model.tie_weights()  # to_empty forgets which are the same
+    source = {}
+    if weights is not None:
+        source = dict([*weights.named_parameters(), *weights.named_buffers()])
+    for name, x in [*module.named_parameters(), *module.named_buffers()]:
+        whole = torch.empty(x.shape, dtype=x.dtype, device=device)  # x.shape is the whole's
+        if source:
+            whole.copy_(source[name])
+        dist.broadcast(whole, 0)
+        if is_sharded(x):
+            # Every rank has the whole: cutting out its part needs no further communication.
+            whole = distribute_tensor(whole, x.device_mesh, x.placements, src_data_rank=None)
+        x.copy_(whole)
+
+
+@torch.no_grad()
+def whole_copy(make, module, ranks, bf16=False):
+    """The module as each rank needs it to sample from or to save: whole, in bfloat16 if `bf16`.
+
+    That is the module itself where it is so already. Every rank must call it.
+    """
+    if ranks.world == 1 and not bf16:
+        return module
+    copy = make("meta")
+    if bf16:
+        # Of parameters alone: rotary frequencies, which are buffers, would give other positions.
+        for p in copy.parameters():
+            p.data = p.data.to(torch.bfloat16)
+    copy.to_empty(device=ranks.device)
+    copy.model.tie_weights()
+    for ours, theirs in zip(copy.buffers(), module.buffers(), strict=True):
+        ours.copy_(theirs)
+    copy_weights(copy, module)
+    return copy
+
+
+@torch.no_grad()
+def copy_weights(target, module):
+    """Copy a module's weights, sharded or not, into a whole one. Every rank must call it."""
+    if target is module:
+        return
+    for ours, theirs in zip(target.parameters(), module.parameters(), strict=True):
+        theirs = theirs.detach().to(ours.dtype)  # before the gathering: half the bytes
+        ours.copy_(theirs.full_tensor() if is_sharded(theirs) else theirs)
 
 
 def transformer_layers(model):
-    """The layers of a Hugging Face transformer: `layers`, or (BERT and its kind) its longest list of modules."""
-    lists = (m for m in model.modules() if isinstance(m, torch.nn.ModuleList))
-    return getattr(model.base_model, "layers", None) or max(lists, key=len)
+    """The layers of a Hugging Face transformer: `layers`, or else its longest list of modules."""
+    layers = getattr(model.base_model, "layers", None)
+    if layers is None:  # BERT and its kind
+        lists = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList)]
+        layers = max(lists, key=len)
+    return layers
 
 
-def clip_gradients(model, max_norm):
-    """Clip the gradients of a model, sharded or not, to a global norm; returns the norm before, a float."""
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+def clip_gradients(module, max_norm):
+    """Clip a module's gradients, sharded or not, to a global norm; returns the norm before."""
+    norm = torch.nn.utils.clip_grad_norm_(module.parameters(), max_norm)
     return float(norm.full_tensor() if is_sharded(norm) else norm)
 
 
@@ -237,219 +298,346 @@ def is_sharded(x):
     return isinstance(x, DTensor)
 
 
-def whole_copy(skeleton, model, half=False):
-    """A whole copy of a model, sharded or not, on each rank; bf16 if `half`. skeleton: the same model on the meta device.
+# Training: batches, learning rate, progress -------------------------------------------------------
 
-    Buffers keep their precision: rotary frequencies in bf16 would give other positions. Every rank must call it.
+
+def epoch_batch(records, size, step, *key):
+    """The batch of a step (from 0): epochs of shuffles that depend on `key` alone.
+
+    A function of the step, so no state has to be saved.
     """
-    device = next(model.parameters()).device
-    if half:
-        for p in skeleton.parameters():
-            p.data = p.data.to(torch.bfloat16)
-    skeleton.to_empty(device=device)
-    skeleton.tie_weights()  # to_empty forgets which are the same
-    for ours, theirs in zip(skeleton.buffers(), model.buffers(), strict=True):
-        ours.copy_(theirs)
-    copy_weights(skeleton, model)
-    return skeleton
+    orders = {}
+    batch = []
+    for i in range(step * size, (step + 1) * size):
+        epoch, place = divmod(i, len(records))
+        if epoch not in orders:
+            orders[epoch] = np.random.default_rng([*key, epoch]).permutation(len(records))
+        batch.append(records[orders[epoch][place]])
+    return batch
 
 
-@torch.no_grad()
-def copy_weights(target, model):
-    """Copy the weights of a model, sharded or not, into a whole one, in the target's dtype. Every rank must call it."""
-    for ours, theirs in zip(target.parameters(), model.parameters(), strict=True):
-        theirs = theirs.detach().to(ours.dtype)  # before the gathering: half the bytes
-        ours.copy_(theirs.full_tensor() if is_sharded(theirs) else theirs)
+def learning_rate(peak, step, steps, final=0.1):
+    """Warm-up over the first 5 % of the steps, then a cosine from the peak to `final` of it."""
+    warmup = max(1, round(0.05 * steps))
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    done = (step + 1 - warmup) / max(1, steps - warmup)
+    cosine = 0.5 + 0.5 * math.cos(math.pi * done)
+    return peak * (final + (1 - final) * cosine)
 
 
-# Memory ---------------------------------------------------------------------------------------------------------------
+class Progress:
+    """How far a run is: its stage and step, its logs, its checkpoints. Stopped, it goes on.
 
+    out: the run's folder, which gets config.json (the settings), the logs NAME.jsonl and
+        checkpoints/. A folder of another run is refused, and so is a finished one, which holds
+        summary.json; a RunError says so, before anything is written.
+    settings: a dict; those named in `free` may change when the run is taken up again.
+    save_every: steps between checkpoints (0: only when stopped); keep: how many stay.
+    max_bad_steps: so many steps in a row whose loss or gradient is not finite end the run.
 
-class _KeptByAttention(torch.autograd.Function):
-    """Attention as far as memory goes: a fused kernel keeps queries, keys, values and its output."""
-
-    @staticmethod
-    def forward(ctx, q_HSD, k_KSD, v_KSD):
-        out_SHD = q_HSD.transpose(0, 1).contiguous()
-        ctx.save_for_backward(q_HSD, k_KSD, v_KSD, out_SHD)
-        return out_SHD
-
-
-class _PlannedTree:
-    """Stands for a rollout.Tree on the meta device."""
-
-    max_position = 0
-
-    def attend(self, layer, q_HSD, k_KSD, v_KSD, scale):
-        return _KeptByAttention.apply(q_HSD, k_KSD, v_KSD)
-
-
-def activation_bytes(model, tokens):
-    """Bytes that a forward pass over `tokens` tokens keeps for the backward pass: counted on the meta device, not computed.
-    model: on meta, under rollout.use_tree_attention, in the dtype of the computation."""
-    weights = {p.untyped_storage()._cdata for p in model.parameters()}
-    kept = {}
-
-    def keep(x):
-        if x.is_floating_point() and x.untyped_storage()._cdata not in weights:
-            kept[x.untyped_storage()._cdata] = x.untyped_storage()  # held, so that no other gets its address
-        return x
-
-    ids = torch.zeros(1, tokens, dtype=torch.long, device="meta")
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        model.base_model(input_ids=ids, position_ids=ids, tree=_PlannedTree(), use_cache=False)
-    return sum(storage.nbytes() for storage in kept.values())
-
-
-def memory_plan(
-    model, *, ranks=1, shard_size=0, half=True, max_tokens=2**15, cache_tokens=2**17, checkpointing=False, reference=False,
-    logits=2**24, prefill=2**13,
-):  # fmt: skip
-    """What each rank will hold when training `model` (on meta, float32, under tree attention): {what: bytes}, with "peak".
-
-    half: on GPUs (bf16 compute and sampling copy); else as on CPU. max_tokens, cache_tokens: the budgets of a micro-batch and
-    of the key-value cache, taken as used up. checkpointing: of activations. reference: a frozen model for the KL. logits,
-    prefill: rollout.py's chunks, in numbers and tokens. Weights, moments, gradients and caches follow from shapes;
-    activations are counted by `activation_bytes`; what a step holds only for a moment is estimated (the last lines).
+    `status` is shown behind the progress bar, `summary` (JSON) is kept in checkpoints.
     """
-    config, size, shards = model.config, 2 if half else 4, shard_size or ranks
-    layers = [sum(p.numel() for p in layer.parameters()) for layer in model.base_model.layers]
-    total, layer = sum(p.numel() for p in model.parameters()), max(layers)
-    root, width = total - sum(layers), config.hidden_size
-    if half:
-        model.to(torch.bfloat16)
-    # the difference of two lengths leaves out what does not grow
-    token = (activation_bytes(model, 128) - activation_bytes(model, 64)) / 64
-    model.to(torch.float32)
-    head_dim = getattr(config, "head_dim", None) or width // config.num_attention_heads
-    plan = {
-        "master weights (float32)": 4 * total / shards,
-        "optimizer (two moments, float32)": 8 * total / shards,
-        "gradients (float32)": 4 * total / shards,
-        "sampling copy": size * total * (half or ranks > 1),
-        "reference model": 4 * total / shards * reference,
-    }
-    always = sum(plan.values())
-    one = token / len(layers) * max_tokens  # a layer's activations
-    plan["activations"] = size * width * len(layers) * max_tokens if checkpointing else token * max_tokens
-    plan["key-value cache"] = cache_tokens * len(layers) * 2 * config.num_key_value_heads * head_dim * size
-    chunk = 3 * 4 * min(logits, max_tokens * config.vocab_size)
-    gathered = size * (root + 2 * layer) + (4 + size) * layer if shards > 1 else size * total * half
-    plan["gathered weights"] = gathered
-    plan["logits, gradients on their way"] = max(chunk, 1.3 * one) + 2 * size * root  # 1.3: fitted to tests/peak.py
-    training = plan["activations"] + gathered + plan["logits, gradients on their way"]
-    sampling = plan["key-value cache"] + token / len(layers) * prefill
-    plan["peak"] = always + max(training, sampling, 4 * total / shards * half)  # the last: AdamW's temporaries on CUDA
-    return plan
+
+    def __init__(
+        self,
+        out,
+        settings,
+        ranks,
+        *,
+        stage,
+        free=(),
+        logs=("metrics",),
+        save_every=0,
+        keep=2,
+        max_bad_steps=3,
+    ):
+        self.out = Path(out)
+        self.settings = settings
+        self.ranks = ranks
+        self.stage = stage
+        self.free = free
+        self.logs = logs
+        self.save_every = save_every
+        self.max_bad_steps = max_bad_steps
+        self.step = 0  # steps of this stage that are finished
+        self.done = 0  # of all stages
+        self.skipped = 0  # steps without an update
+        self.bad_steps = 0  # of these, the last ones in a row
+        self.summary = {}
+        self.status = ""
+        self.checkpoints = Checkpoints(self.out / "checkpoints", ranks, keep)
+        ranks.on_rank_0(self._check_out)
+
+    def _check_out(self):
+        path = self.out / "config.json"
+        if self.out.exists() and not self.out.is_dir():
+            raise RunError(f"--out {self.out}: not a folder")
+        if not path.exists():
+            if self.out.exists() and any(self.out.iterdir()):
+                raise RunError(f"--out {self.out}: holds other files; choose a new folder")
+            return
+        try:
+            former = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise RunError(f"{path}: not JSON ({error}); choose another --out") from None
+        differing = [
+            f"--{name} {former.get(name)}"
+            for name, value in self.settings.items()
+            if name not in self.free and former.get(name) != value
+        ]
+        if differing:
+            raise RunError(
+                f"--out {self.out}: holds another run ({', '.join(differing)}); "
+                "choose another folder, or delete it"
+            )
+        if (self.out / "summary.json").exists():
+            raise RunError(
+                f"--out {self.out}: holds this run, finished; choose another folder, or delete it"
+            )
+
+    def start(self, module, optimizer):
+        """Make the folder, or take up its newest checkpoint, of however many ranks."""
+        self.module = module
+        self.optimizer = optimizer
+        self.ranks.on_rank_0(self._make_out)
+        newest = self.checkpoints.newest()
+        if newest is not None:
+            state = self.checkpoints.load(newest, module, optimizer)
+            for name in ("stage", "step", "done", "skipped", "bad_steps", "summary"):
+                setattr(self, name, state[name])
+            log_sizes = state["log_sizes"]
+            print0(f"resumed {newest} at {self.stage} step {self.step}")
+        else:
+            log_sizes = dict.fromkeys(self.logs, 0)
+        self.ranks.on_rank_0(self._truncate_logs, log_sizes)
+        self.board = None
+        if self.ranks.rank == 0:
+            with contextlib.suppress(ImportError):
+                from torch.utils.tensorboard import SummaryWriter
+
+                self.board = SummaryWriter(self.out / "tensorboard")
+
+    def _make_out(self):
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+            (self.out / "config.json").write_text(json.dumps(self.settings, indent=1) + "\n")
+        except OSError as error:
+            raise RunError(f"--out {self.out}: {error.strerror}") from None
+
+    def _truncate_logs(self, sizes):
+        """Forget what came after the checkpoint: it is done again."""
+        for name, size in sizes.items():
+            with open(self.out / f"{name}.jsonl", "a") as file:
+                file.truncate(min(size, file.tell()))
+
+    def steps(self, count):
+        """Yield the steps of this stage that are still to do.
+
+        After each: the progress bar, a checkpoint where one is due, and Stopped if asked to stop.
+        """
+        quiet = True if self.ranks.rank else None  # None: quiet where the output is no terminal
+        bar = tqdm(
+            total=count,
+            initial=self.step,
+            desc=self.stage,
+            unit="step",
+            disable=quiet,
+            dynamic_ncols=True,
+        )
+        with bar:
+            while self.step < count:
+                yield self.step
+                self.step += 1
+                self.done += 1
+                bar.set_postfix_str(self.status, refresh=False)
+                bar.update()
+                stop = self.ranks.stopping()
+                if stop or (self.save_every and self.step % self.save_every == 0):
+                    self.save()
+                if stop:
+                    raise Stopped(
+                        f"stopped after {self.stage} step {self.step}; saved. "
+                        "The same command goes on from there"
+                    )
+
+    def next_stage(self, stage):
+        """Go on to another stage, with a fresh optimizer, from a checkpoint of this moment."""
+        self.stage = stage
+        self.step = 0
+        self.optimizer.state.clear()
+        self.save()
+
+    def optimizer_step(self, module, optimizer, loss, lr, max_norm=1.0):
+        """Clip the gradients, take an optimizer step, clear them; returns the norm before clipping.
+
+        loss: of all ranks. If it or the norm is not finite, all ranks skip the step alike; after
+        max_bad_steps in a row this raises RunError.
+        """
+        norm = clip_gradients(module, max_norm)
+        if math.isfinite(loss) and math.isfinite(norm):
+            self.bad_steps = 0
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.step()
+        else:
+            self.skipped += 1
+            self.bad_steps += 1
+        optimizer.zero_grad()
+        if self.bad_steps >= self.max_bad_steps:
+            raise RunError(
+                f"{self.stage} step {self.step + 1}: loss {loss}, gradient norm {norm}, "
+                f"{self.bad_steps} times in a row; lower the learning rate. {self._last_saved()}"
+            )
+        return norm
+
+    def log(self, name, record):
+        """Append a record to OUT/NAME.jsonl, numbers that are not finite as null."""
+        if self.ranks.rank:
+            return
+        finite = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in record.items()
+        }
+        with open(self.out / f"{name}.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(finite, ensure_ascii=False) + "\n")
+        if self.board and name == "metrics":
+            for key, value in record.items():
+                if isinstance(value, float):
+                    self.board.add_scalar(f"{self.stage}/{key}", value, record["step"])
+
+    def save(self):
+        """Write a checkpoint. Raises RunError if that cannot be; the former ones are untouched."""
+        try:
+            state = self.ranks.on_rank_0(self._state)
+            self.checkpoints.save(self.done, self.module, self.optimizer, state)
+        except RunError as error:
+            raise RunError(f"{error}. {self._last_saved()}") from error
+
+    def _state(self):
+        names = ("stage", "step", "done", "skipped", "bad_steps", "summary")
+        state = {name: getattr(self, name) for name in names}
+        state["log_sizes"] = {}
+        for name in self.logs:
+            with open(self.out / f"{name}.jsonl", "a") as file:
+                os.fsync(file)
+                state["log_sizes"][name] = file.tell()
+        return state
+
+    def _last_saved(self):
+        newest = self.checkpoints.newest()
+        return f"The last checkpoint is {newest}" if newest else "No checkpoint was saved yet"
+
+    def finish(self):
+        """The run is over: write OUT/summary.json and remove the checkpoints. On rank 0."""
+        text = json.dumps(self.summary, indent=1) + "\n"
+        (self.out / "summary.json").write_text(text, encoding="utf-8")
+        shutil.rmtree(self.checkpoints.folder, ignore_errors=True)
+        if self.board:
+            self.board.close()
 
 
-# Checkpoints ----------------------------------------------------------------------------------------------------------
-
-
-class Stopped(Exception):  # noqa: N818 (it is no error)
-    """The run was asked to stop, and has saved."""
-
-
-def differing(config, former, free=()):
-    """The settings of another run (dicts) that are not this one's, as flags; those named in `free` do not count."""
-    names = (name for name in config if name not in free and former.get(name) != config[name])
-    return ", ".join(f"--{name} {former.get(name)}" for name in names)
-
-
-class CheckpointError(OSError):
-    """A checkpoint that cannot be written or read."""
+# Checkpoints --------------------------------------------------------------------------------------
 
 
 class Checkpoints:
-    """The checkpoints of a run, FOLDER/NNNNNN: each whole or not there at all, the newest `keep` of them.
+    """The checkpoints of a run, FOLDER/NNNNNN: each whole or not there; the newest `keep` stay.
 
-    Weights and moments (of AdamW) are safetensors, each rank's parts a file, which any number of ranks may read; the rest
-    is state.json, written last, with the sizes of the other files.
+    Weights and AdamW's moments are safetensors, each rank's parts a file, which any number of ranks
+    may read. The rest is state.json, written last, with the sizes of the other files.
     """
 
     def __init__(self, folder, ranks, keep=2):
-        self.folder, self.ranks, self.keep = Path(folder), ranks, keep
+        self.folder = Path(folder)
+        self.ranks = ranks
+        self.keep = keep
+        self.unfinished = self.folder / "unfinished"
+
+    def _all(self):
+        return sorted(path.parent for path in self.folder.glob("[0-9]*/state.json"))
 
     def newest(self):
         """The folder of the newest checkpoint, or None."""
         return max(self._all(), default=None)
 
-    def _all(self):
-        return sorted(path.parent for path in self.folder.glob("[0-9]*/state.json"))
+    def save(self, number, module, optimizer, state):
+        """Write a checkpoint beside its place, and rename it when it is complete.
 
-    def save(self, number, model, optimizer, state):
-        """Write a checkpoint: beside its place, and renamed when it is complete. Every rank must call it.
-
-        state: gives, on rank 0, once the tensors are written, what else to keep, as JSON.
-        Raises CheckpointError, on every rank, if it cannot be written; the former ones are untouched.
+        state: a dict of JSON. Every rank must call it. Raises RunError, on every rank, if it cannot
+        be written; the former checkpoints are untouched.
         """
-        unfinished = self.folder / "unfinished"
         try:
-            self.ranks.first(lambda: (shutil.rmtree(unfinished, ignore_errors=True), unfinished.mkdir(parents=True)))
-            save_tensors(unfinished, _training_tensors(model, optimizer))
-            updates = max((float(moments["step"]) for moments in optimizer.state.values()), default=0.0)
-            self.ranks.first(lambda: self._complete(number, state() | {"updates": updates}))
-        except OSError as error:
-            self.ranks.first(lambda: shutil.rmtree(unfinished, ignore_errors=True))
-            raise CheckpointError(str(error)) from error
+            self.ranks.on_rank_0(self._make_unfinished)
+            save_tensors(self.unfinished, _training_tensors(module, optimizer))
+            updates = [float(moments["step"]) for moments in optimizer.state.values()]
+            state = state | {"updates": max(updates, default=0.0)}
+            self.ranks.on_rank_0(self._complete, number, state)
+        except RunError:
+            self.ranks.on_rank_0(shutil.rmtree, self.unfinished, True)  # True: whatever its errors
+            raise
+
+    def _make_unfinished(self):
+        shutil.rmtree(self.unfinished, ignore_errors=True)
+        self.unfinished.mkdir(parents=True)
 
     def _complete(self, number, state):
-        unfinished, path = self.folder / "unfinished", self.folder / f"{number:06d}"
-        state["files"] = {file.name: file.stat().st_size for file in unfinished.iterdir()}
-        with open(unfinished / "state.json", "w", encoding="utf-8") as file:
-            file.write(json.dumps(state) + "\n")
+        path = self.folder / f"{number:06d}"
+        sizes = {file.name: file.stat().st_size for file in self.unfinished.iterdir()}
+        with open(self.unfinished / "state.json", "w", encoding="utf-8") as file:
+            file.write(json.dumps(state | {"files": sizes}) + "\n")
             file.flush()
             os.fsync(file.fileno())
         shutil.rmtree(path, ignore_errors=True)
-        os.replace(unfinished, path)
+        os.replace(self.unfinished, path)
         for old in self._all()[: -self.keep]:
-            self._discard(old)
+            os.replace(old, self.unfinished)  # so that none is ever there in part
+            shutil.rmtree(self.unfinished)
 
-    def _discard(self, path):
-        os.replace(path, self.folder / "unfinished")  # so that none is ever there in part
-        shutil.rmtree(self.folder / "unfinished")
+    def load(self, path, module, optimizer):
+        """Fill a module and its optimizer from a checkpoint; returns the state saved with it.
 
-    def read(self, path):
-        """The state that `save` was given. Raises CheckpointError if it, or a file that belongs to it, is damaged."""
-        try:
-            state = json.loads((Path(path) / "state.json").read_text(encoding="utf-8"))
-            for name, size in state["files"].items():
-                if not (Path(path) / name).is_file() or (Path(path) / name).stat().st_size != size:
-                    raise CheckpointError(f"{path}: {name} is missing, or not whole")
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise CheckpointError(f"{path}: its state.json is damaged") from None
+        Raises RunError, on every rank, where it is damaged or does not fit.
+        """
+        state = self.ranks.on_rank_0(self._read, path)
+        load_tensors(path, _training_tensors(module, optimizer))
+        for moments in optimizer.state.values():
+            moments["step"].fill_(state["updates"])
         return state
 
-    def load(self, path, model, optimizer):
-        """Fill a model and its optimizer from a checkpoint. Raises CheckpointError, on every rank, where they do not fit."""
-        updates = self.read(path)["updates"]
-        load_tensors(path, _training_tensors(model, optimizer))
-        for moments in optimizer.state.values():
-            moments["step"].fill_(updates)
+    def _read(self, path):
+        hint = f"delete {path} to go on from an older checkpoint, or from the start"
+        try:
+            state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+            sizes = state["files"].items()
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise RunError(f"{path}: its state.json is damaged; {hint}") from None
+        for name, size in sizes:
+            file = path / name
+            if not file.is_file() or file.stat().st_size != size:
+                raise RunError(f"{path}: {name} is missing, or not whole; {hint}")
+        return state
 
-    def forget_after(self, path):
-        """Remove the checkpoints newer than `path` (on rank 0), which a run that goes on from there makes again."""
-        for other in self._all():
-            if other.name > Path(path).name:
-                self._discard(other)
 
-
-def _training_tensors(model, optimizer):
+def _training_tensors(module, optimizer):
     """Weights and AdamW's moments by name. Missing moments are made."""
-    out = {}
-    for name, p in model.named_parameters():
-        state = optimizer.state[p]
-        if "exp_avg" not in state:
-            state |= {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-        out |= {f"model.{name}": p.detach(), f"exp_avg.{name}": state["exp_avg"], f"exp_avg_sq.{name}": state["exp_avg_sq"]}
-    return out
+    tensors = {}
+    for name, p in module.named_parameters():
+        moments = optimizer.state[p]
+        if "exp_avg" not in moments:
+            moments["step"] = torch.tensor(0.0)
+            moments["exp_avg"] = torch.zeros_like(p)
+            moments["exp_avg_sq"] = torch.zeros_like(p)
+        tensors[f"model.{name}"] = p.detach()
+        tensors[f"exp_avg.{name}"] = moments["exp_avg"]
+        tensors[f"exp_avg_sq.{name}"] = moments["exp_avg_sq"]
+    return tensors
 
 
 def save_tensors(folder, tensors):
-    """Write {name: tensor, sharded or not} to a folder of safetensors files; each rank writes its own parts.
+    """Write {name: tensor, sharded or not} to a folder of safetensors; each rank its own parts.
 
-    torch.distributed.checkpoint with its Hugging Face storage: the default storage keeps its index as a pickle.
-    Raises CheckpointError, on every rank, if any cannot write.
+    torch.distributed.checkpoint with its Hugging Face storage: the default storage keeps its index
+    as a pickle. Raises RunError, on every rank, if any cannot write.
     """
     writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
     with _clear_errors(f"{folder}: cannot be written"):
@@ -459,19 +647,22 @@ def save_tensors(folder, tensors):
 def load_tensors(folder, tensors):
     """Fill {name: tensor} in place from a folder that save_tensors wrote, with any number of ranks.
 
-    Raises CheckpointError, on every rank, for a folder that is damaged or holds other tensors.
+    Raises RunError, on every rank, for a folder that is damaged or holds other tensors.
     """
+    reader = dcp.HuggingFaceStorageReader(str(folder))
     with _clear_errors(f"{folder}: cannot be read"):
-        dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(folder)), no_dist=not dist.is_initialized())
+        dcp.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
 
 
 @contextlib.contextmanager
 def _clear_errors(what):
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process is meant
+            # With one process, that is meant.
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")
             yield
-    except (Exception, dcp.CheckpointException) as error:  # the latter, of any rank, is no Exception
+    except (Exception, dcp.CheckpointException) as error:  # the latter is no Exception
         failures = getattr(error, "failures", None)
         cause = next(iter(failures.values()))[0] if failures else error
-        raise CheckpointError(f"{what}: {type(cause).__name__}: {str(cause).splitlines()[0] if str(cause) else ''}") from error
+        first_line = str(cause).partition("\n")[0]
+        raise RunError(f"{what}: {type(cause).__name__}: {first_line}") from error

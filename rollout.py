@@ -1,32 +1,33 @@
-"""Running the model so that every shared prefix is computed once: sampling and training.        (how is it run fast?)
+"""Running the model so that every shared prefix is computed once.             (how is it run fast?)
 
-Relevance prompts share a long criteria text, and the G answers of a group share their whole prompt. A batch is a tree:
+Relevance prompts share a long criteria text, and the G answers of a group share their whole prompt.
+A batch is a tree:
 
     common prefix  ->  P prompts  ->  N answers
 
-Sampling prefills the prefix and each prompt once and decodes all answers against the shared keys; training packs the
-tree into one row of tokens without padding, so the linear layers see every token once. Both use one attention function,
-`attend`: a single softmax over the concatenated scores against ancestors and own tokens. It is registered with
-transformers' AttentionInterface under the name "tree" and runs decoder-only Hugging Face models unchanged.
+Sampling prefills the prefix and each prompt once and decodes all answers against the shared keys;
+training packs the tree into one row of tokens without padding, so the linear layers see every token
+once. Both use one attention function, `attend`: a single softmax over the concatenated scores
+against ancestors and own tokens. It is registered with transformers' AttentionInterface under the
+name "tree" and runs decoder-only Hugging Face models unchanged.
 
-    use_tree_attention(model)                                    # once; refuses models that it cannot run
-    rollout = sample(model, prompts, group_size=8, max_new_tokens=64, eos_id=2, seed=0, step=7)
-    tree = Tree(prompts, rollout.answers(), device)              # the same answers, packed for training
-    hidden_AD = answer_hidden(model, tree)
-    logprobs_A, entropy_A = token_logprobs(hidden_AD, model.lm_head, tree.targets_A, temperature=1.0)
-    logprobs_NT = tree.to_rows(logprobs_A)
+    use_tree_attention(model)                     # once; refuses models that it cannot run
+    sampled = sample(model, prompts, group_size=8, max_new_tokens=64, eos_id=2, seed=0, step=7)
+    tree = Tree(prompts, sampled.answers, device)  # the same answers, packed for training
+    logprobs_A, entropy_A = Policy(model)(tree, temperature=1.0)   # of every answer token
 
 This file needs torch, numpy and transformers only; copy it alone.
 
-Shapes: P prompts, G answers a prompt, N = P * G rows (answers), T answer positions, S packed tokens, A answer tokens,
-H attention heads, K key-value heads, R rows of one level, L positions of a row, E = H / K query heads for each
-key-value head, B blocks and C keys of a segment, D head size (for hidden states: model width), V vocabulary.
+Shapes: P prompts, G answers a prompt, N = P * G rows (answers), T answer positions, S packed
+tokens, A answer tokens, Y labels, H attention heads, K key-value heads, R rows of one level,
+L positions of a row, E = H / K query heads for each key-value head, B blocks and C keys of a
+segment, D head size (for hidden states: model width), V vocabulary.
 """
 
 import runpy
 import sys
 from dataclasses import dataclass
-from functools import cache, cached_property, partial
+from functools import cache, cached_property
 from pathlib import Path
 
 import numpy as np
@@ -36,26 +37,36 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-# Attention over a tree ------------------------------------------------------------------------------------------------
+# Attention over a tree ----------------------------------------------------------------------------
 
 FUSED = {"cpu"}  # devices with a fused kernel for `attend`; elsewhere its scores are stored,
 SCORES = 2**28  # so many of them at a time
-FLEX = {"cuda"}  # devices where the packed tree is trained by torch's FlexAttention instead, one kernel over all levels
+# Devices where the packed tree is trained by torch's FlexAttention, one kernel over all levels.
+FLEX = {"cuda"}
 
 
 def attend(q_KRELD, segments, scale):
-    """Attention of R rows of L queries over segments of keys, with one softmax over all segments together.
+    """Attention of R rows of L queries over segments of keys, with one softmax over all segments
+    together.
 
-    segments: triples (k_KBCD, v_KBCD, mask); B divides R, and each of the B blocks is shared by R / B consecutive rows,
-    without a copy. mask: None (all visible); an additive mask [1, B, 1, C]; or "causal" (own tokens: B = R, C = L).
-    Every query must see at least one key. Returns [K, R, E, L, D] in q's dtype; the softmax is in float32.
+    segments: triples (k_KBCD, v_KBCD, mask); B divides R, and each of the B blocks is shared by R /
+    B consecutive rows, without a copy. mask: None (all visible); an additive mask [1, B, 1, C]; or
+    "causal" (own tokens: B = R, C = L). Every query must see at least one key. Returns [K, R, E, L,
+    D] in q's dtype; the softmax is in float32.
     """
     K, R, E, L, D = q_KRELD.shape
     if L > 1 and q_KRELD.device.type in FUSED:
-        masks, keys_values = [mask for *_, mask in segments], [x for k, v, _ in segments for x in (k, v)]
+        masks, keys_values = (
+            [mask for *_, mask in segments],
+            [x for k, v, _ in segments for x in (k, v)],
+        )
         return _FusedAttend.apply(q_KRELD, scale, masks, *keys_values)
-    sharing = max(R // k.shape[1] for k, _, _ in segments if k.shape[1] > 1) if R > 1 else 1  # rows that stay together
-    rows = max(1, SCORES // (K * E * L * sum(k.shape[2] for k, _, _ in segments)) // sharing) * sharing
+    sharing = (
+        max(R // k.shape[1] for k, _, _ in segments if k.shape[1] > 1) if R > 1 else 1
+    )  # rows that stay together
+    rows = (
+        max(1, SCORES // (K * E * L * sum(k.shape[2] for k, _, _ in segments)) // sharing) * sharing
+    )
     if rows < R:
         return _attend_in_parts(q_KRELD, segments, scale, rows)
     q_KRELD, scores = q_KRELD * scale, []
@@ -70,7 +81,9 @@ def attend(q_KRELD, segments, scale):
         scores.append(segment)
     probs = torch.softmax(torch.cat(scores, -1), -1, dtype=torch.float32).to(q_KRELD.dtype)
     out = 0
-    for (_, v, _), weights in zip(segments, probs.split([k.shape[2] for k, _, _ in segments], -1), strict=True):
+    for (_, v, _), weights in zip(
+        segments, probs.split([k.shape[2] for k, _, _ in segments], -1), strict=True
+    ):
         out = out + (weights.reshape(K, v.shape[1], -1, v.shape[2]) @ v).view(K, R, E, L, D)
     return out
 
@@ -81,15 +94,25 @@ def _compiled_flex_attention():
 
 
 def _attend_in_parts(q_KRELD, segments, scale, rows):
-    """`attend` for `rows` rows at a time; their scores are computed again in the backward pass, not kept."""
+    """`attend` for `rows` rows at a time; their scores are computed again in the backward pass, not
+    kept.
+    """
     R, outs = q_KRELD.shape[1], []
     for start in range(0, R, rows):
         part = []
         for k, v, mask in segments:
             B = k.shape[1]
             blocks = slice(None) if B == 1 else slice(start * B // R, min(R, start + rows) * B // R)
-            part.append((k[:, blocks], v[:, blocks], mask[:, blocks] if isinstance(mask, torch.Tensor) else mask))
-        outs.append(checkpoint(attend, q_KRELD[:, start : start + rows], part, scale, use_reentrant=False))
+            part.append(
+                (
+                    k[:, blocks],
+                    v[:, blocks],
+                    mask[:, blocks] if isinstance(mask, torch.Tensor) else mask,
+                )
+            )
+        outs.append(
+            checkpoint(attend, q_KRELD[:, start : start + rows], part, scale, use_reentrant=False)
+        )
     return torch.cat(outs, 1)
 
 
@@ -98,15 +121,19 @@ _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 
 
 class _FusedAttend(torch.autograd.Function):
-    """`attend` on CPU for rows of several queries: a fused kernel for each segment, merged through the log-sum-exp.
+    """`attend` on CPU for rows of several queries: a fused kernel for each segment, merged through
+    the log-sum-exp.
 
-    Scores are never stored. With lse over all segments, a segment's part of the probabilities is exp(score - lse), so the
-    kernel's backward, given the merged output and lse, returns exactly this segment's gradients (as in ring attention).
+    Scores are never stored. With lse over all segments, a segment's part of the probabilities is
+    exp(score - lse), so the kernel's backward, given the merged output and lse, returns exactly
+    this segment's gradients (as in ring attention).
     """
 
     @staticmethod
     def _views(mask, k, v, queries):
-        """A segment as the kernel takes it: tensors [batch, heads, ...] of queries, k, v, and the mask arguments."""
+        """A segment as the kernel takes it: tensors [batch, heads, ...] of queries, k, v, and the
+        mask arguments.
+        """
         K, R, E, L = queries[0].shape[:4]
         B, C = k.shape[1:3]
         if isinstance(mask, str):  # own keys: every query head of a row is a head for itself
@@ -129,7 +156,10 @@ class _FusedAttend(torch.autograd.Function):
             outs.append(out.reshape(q.shape))
             lses.append(lse.reshape(q.shape[:-1]))
         lse = torch.logsumexp(torch.stack(lses), 0)
-        out = sum(out * (part - lse).exp()[..., None].to(q.dtype) for out, part in zip(outs, lses, strict=True))
+        out = sum(
+            out * (part - lse).exp()[..., None].to(q.dtype)
+            for out, part in zip(outs, lses, strict=True)
+        )
         ctx.save_for_backward(q, out, lse, *keys_values)
         ctx.scale, ctx.masks = scale, masks
         return out
@@ -139,21 +169,50 @@ class _FusedAttend(torch.autograd.Function):
         q, out, lse, *keys_values = ctx.saved_tensors
         grad_q, grads = 0, []
         for mask, k, v in zip(ctx.masks, keys_values[::2], keys_values[1::2], strict=True):
-            (g, queries, merged, total), keys, values, causal, mask = cls._views(mask, k, v, [grad, q, out, lse])
-            dq, dk, dv = _flash_backward(g, queries, keys, values, merged, total, 0.0, causal, attn_mask=mask, scale=ctx.scale)
+            (g, queries, merged, total), keys, values, causal, mask = cls._views(
+                mask, k, v, [grad, q, out, lse]
+            )
+            dq, dk, dv = _flash_backward(
+                g,
+                queries,
+                keys,
+                values,
+                merged,
+                total,
+                0.0,
+                causal,
+                attn_mask=mask,
+                scale=ctx.scale,
+            )
             grad_q = grad_q + dq.reshape(q.shape)
-            grads += [d.unflatten(1, (k.shape[1], -1)).sum(2) for d in (dk, dv)]  # over the heads that share a key
+            grads += [
+                d.unflatten(1, (k.shape[1], -1)).sum(2) for d in (dk, dv)
+            ]  # over the heads that share a key
         return grad_q, None, None, *grads
 
 
-def tree_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, tree=None, **kwargs):
-    """What transformers' attention layers call. `tree` holds the layout (and, when sampling, the cache); it travels
-    through the model's forward as a keyword argument. query [1, H, S, D], key and value [1, K, S, D]."""
+def tree_attention(
+    module, query, key, value, attention_mask, scaling=None, dropout=0.0, tree=None, **kwargs
+):
+    """What transformers' attention layers call. `tree` holds the layout (and, when sampling, the
+    cache); it travels through the model's forward as a keyword argument. query [1, H, S, D], key
+    and value [1, K, S, D].
+    """
     if tree is None:
-        raise ValueError("tree attention needs tree=...: call the model through rollout.sample or rollout.answer_hidden")
+        raise ValueError(
+            "tree attention needs tree=...: call the model through rollout.sample or rollout.Policy"
+        )
     window = kwargs.get("sliding_window")
-    if dropout or kwargs.get("softcap") or kwargs.get("s_aux") is not None or (window and window < tree.max_position):
-        raise ValueError(f"{type(module).__name__}: dropout, soft-capping, sinks and a sliding window are not supported")
+    if (
+        dropout
+        or kwargs.get("softcap")
+        or kwargs.get("s_aux") is not None
+        or (window and window < tree.max_position)
+    ):
+        raise ValueError(
+            f"{type(module).__name__}: dropout, soft-capping, sinks and a sliding window "
+            "are not supported"
+        )
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     out_SHD = tree.attend(module.layer_idx, query[0], key[0], value[0], scale)
     return out_SHD[None], None
@@ -162,35 +221,51 @@ def tree_attention(module, query, key, value, attention_mask, scaling=None, drop
 ALL_ATTENTION_FUNCTIONS.register("tree", tree_attention)
 
 
+class UnsupportedModel(ValueError):
+    """An architecture whose attention the tree does not compute."""
+
+
 def use_tree_attention(model):
     """Switch a decoder-only Hugging Face model to tree attention; returns the model.
 
-    Raises ValueError, before any work, for architectures whose attention the tree does not compute.
+    Raises UnsupportedModel, before any work, for architectures whose attention the tree does not compute.
     """
     config = model.config
     name = type(model).__name__
     for field in ("attn_logit_softcapping", "final_logit_softcapping"):
         if getattr(config, field, None):
-            raise ValueError(f"{name}: config.{field} is set; soft-capped logits are not supported")
+            raise UnsupportedModel(f"{name}: config.{field} is set; soft-capped logits are not supported")
     if "sliding_attention" in (getattr(config, "layer_types", None) or []):
-        raise ValueError(f"{name}: sliding-window attention is not supported; use a model with full attention")
-    if not getattr(model, "_supports_attention_backend", False) or not hasattr(model.base_model, "layers"):
-        raise ValueError(f"{name}: its attention cannot be replaced through transformers' AttentionInterface")
+        raise UnsupportedModel(
+            f"{name}: sliding-window attention is not supported; use a model with full attention"
+        )
+    if not getattr(model, "_supports_attention_backend", False) or not hasattr(
+        model.base_model, "layers"
+    ):
+        raise UnsupportedModel(
+            f"{name}: its attention cannot be replaced through transformers' AttentionInterface"
+        )
     model.set_attn_implementation("tree")
     return model
 
 
 def common_prefix_length(prompts):
-    """Length of the longest common token prefix, leaving every prompt at least one token of its own."""
+    """Length of the longest common token prefix, leaving every prompt at least one token of its
+    own.
+    """
     first, last = min(prompts), max(prompts)  # the two that differ earliest in lexicographic order
     limit = min(map(len, prompts)) - 1
     return next((i for i in range(limit) if first[i] != last[i]), limit)
 
 
 def _padding_mask(lengths_B, width):
-    """Additive mask [1, B, 1, width]: 0 for the first lengths_B[b] keys of block b, -inf behind them."""
+    """Additive mask [1, B, 1, width]: 0 for the first lengths_B[b] keys of block b, -inf behind
+    them.
+    """
     hidden = torch.arange(width, device=lengths_B.device) >= lengths_B[:, None]
-    return torch.zeros(hidden.shape, device=hidden.device).masked_fill(hidden, float("-inf"))[None, :, None]
+    return torch.zeros(hidden.shape, device=hidden.device).masked_fill(hidden, float("-inf"))[
+        None, :, None
+    ]
 
 
 def _check_prompts(prompts):
@@ -198,26 +273,34 @@ def _check_prompts(prompts):
         raise ValueError("every prompt needs at least one token; got an empty prompt or no prompts")
 
 
-# Training: the packed tree --------------------------------------------------------------------------------------------
+# Training: the packed tree ------------------------------------------------------------------------
 
 
 class Tree:
-    """The packed layout of one batch for training: the common prefix, the prompts, their answers, in one row [1, S].
+    """The packed layout of one batch for training: common prefix, prompts, answers in a row [1, S].
 
-    prompts: P lists of token ids. answers: for each prompt the list of its answers, each a list of at least one id.
-    A prompt with a single answer is packed together with it as one row of the prompt level.
-    Attributes: input_ids and position_ids [1, S]; targets_A, the answer tokens row by row; predict_A, for each the packed
-    position whose hidden state predicts it; lengths_N.
+    prompts: P lists of token ids. answers: for each prompt the list of its answers, each a list of
+    at least one id. A prompt with a single answer is packed with it as one row of the prompt level.
+    Without any prompt it is a dummy of one token, which runs forward and backward with A = 0 answer
+    tokens: for a rank that has no work while others have.
+
+    Attributes: input_ids and position_ids [1, S]; targets_A, the answer tokens answer by answer;
+    predict_A, for each the packed position whose hidden state predicts it.
     """
 
     def __init__(self, prompts, answers, device="cpu"):
-        _check_prompts(prompts)
-        if len(answers) != len(prompts) or not all(group and all(len(a) for a in group) for group in answers):
+        if len(answers) != len(prompts) or not all(g and all(map(len, g)) for g in answers):
             raise ValueError("every prompt needs a list of answers, each with at least one token")
+        if prompts:
+            _check_prompts(prompts)
+        else:
+            prompts, answers = [[0]], [[]]
         C = common_prefix_length(prompts)
         ids, positions = list(prompts[0][:C]), list(range(C))
         prompt_rows, shared_rows, answer_rows, predict, targets = [], [], [], [], []
-        owners = [(0, 0)] * C  # of each packed token: its prompt and answer, from 1; 0 where it belongs to all
+        owners = [
+            (0, 0)
+        ] * C  # of each packed token: its prompt and answer, from 1; 0 where it belongs to all
 
         def add(tokens, position, prompt, answer):
             start = len(ids)
@@ -226,17 +309,22 @@ class Tree:
             positions.extend(range(position, position + len(tokens)))
             return range(start, len(ids))
 
-        group = max(map(len, answers))
+        group = max(map(len, answers))  # 0 for the dummy
         for number, (prompt, prompt_answers) in enumerate(zip(prompts, answers, strict=True), 1):
             single = len(prompt_answers) == 1
-            row = add(list(prompt[C:]) + (list(prompt_answers[0][:-1]) if single else []), C, number, 0)
+            row = add(
+                list(prompt[C:]) + (list(prompt_answers[0][:-1]) if single else []), C, number, 0
+            )
             prompt_rows.append(row)
             last = row[len(prompt) - C - 1]
             if not single:
                 shared_rows.append(row)
-                answer_rows += [range(0)] * (group - len(prompt_answers))  # so that all groups have the same size
+                answer_rows += [range(0)] * (
+                    group - len(prompt_answers)
+                )  # so that all groups have the same size
             for answer in prompt_answers:
-                # The last token is only predicted, never fed; the first is predicted by the prompt's last token.
+                # The last token is only predicted, never fed; the first is predicted by the
+                # prompt's last token.
                 if single:
                     own = range(last + 1, last + len(answer))
                 else:
@@ -249,22 +337,20 @@ class Tree:
         self.input_ids, self.position_ids = as_tensor(ids)[None], as_tensor(positions)[None]
         self.predict_A, self.targets_A = as_tensor(predict), as_tensor(targets)
         self.prompt_S, self.answer_S = as_tensor(owners).T.contiguous()
-        self._index_rows([len(a) for g in answers for a in g], as_tensor)
         self._index_levels(prompt_rows, shared_rows, answer_rows, len(ids), as_tensor)
 
-    def _index_rows(self, lengths, as_tensor):
-        width = max(lengths)
-        self.lengths_N = as_tensor(lengths)
-        self._cells_A = as_tensor([n * width + t for n, length in enumerate(lengths) for t in range(length)])
-
     def _index_levels(self, prompt_rows, shared_rows, answer_rows, size, as_tensor):
-        """Padded index tables of the two lower levels, and `unpack_S`: where each packed token's output will stand."""
+        """Padded index tables of the two lower levels, and `unpack_S`: where each packed token's
+        output will stand.
+        """
 
         def padded(rows):
             width = max(map(len, rows), default=0)
             return as_tensor([[*row] + [0] * (width - len(row)) for row in rows]) if width else None
 
-        self.prompts_RL, self.shared_RL, self.answers_RL = map(padded, (prompt_rows, shared_rows, answer_rows))
+        self.prompts_RL, self.shared_RL, self.answers_RL = map(
+            padded, (prompt_rows, shared_rows, answer_rows)
+        )
         place, offset = [*range(self.prefix)] + [0] * (size - self.prefix), self.prefix
         for rows, table in ((prompt_rows, self.prompts_RL), (answer_rows, self.answers_RL)):
             if table is not None:
@@ -274,11 +360,15 @@ class Tree:
                 offset += table.numel()
         self.unpack_S = as_tensor(place)
         if shared_rows:
-            self.shared_mask = _padding_mask(as_tensor([len(row) for row in shared_rows]), self.shared_RL.shape[1])
+            self.shared_mask = _padding_mask(
+                as_tensor([len(row) for row in shared_rows]), self.shared_RL.shape[1]
+            )
 
     @cached_property
     def block_mask(self):
-        """FlexAttention's mask: a token sees what precedes it of the prefix, of its own prompt, and of its own answer."""
+        """FlexAttention's mask: a token sees what precedes it of the prefix, of its own prompt, and
+        of its own answer.
+        """
         prompt_S, answer_S, S = self.prompt_S, self.answer_S, len(self.prompt_S)
 
         def visible(batch, head, query, key):
@@ -294,7 +384,9 @@ class Tree:
             kernel = _compiled_flex_attention() if q_HSD.device.type == "cuda" else flex_attention
             # Under autocast, norms leave queries and keys in float32 and values in bfloat16.
             q, k, v = (x[None].to(v_KSD.dtype) for x in (q_HSD, k_KSD, v_KSD))
-            return kernel(q, k, v, block_mask=self.block_mask, scale=scale, enable_gqa=True)[0].transpose(0, 1)
+            return kernel(q, k, v, block_mask=self.block_mask, scale=scale, enable_gqa=True)[
+                0
+            ].transpose(0, 1)
         H, _, D = q_HSD.shape
         K, C = k_KSD.shape[0], self.prefix
         prefix = [(k_KSD[:, None, :C], v_KSD[:, None, :C], None)] if C else []
@@ -304,14 +396,23 @@ class Tree:
 
         def level(table, ancestors):
             R, L = table.shape
-            q_KRELD = q_HSD.index_select(1, table.flatten()).view(K, H // K, R, L, D).transpose(1, 2)
-            out = attend(q_KRELD, [*ancestors, (rows(k_KSD, table), rows(v_KSD, table), "causal")], scale)
+            q_KRELD = (
+                q_HSD.index_select(1, table.flatten()).view(K, H // K, R, L, D).transpose(1, 2)
+            )
+            out = attend(
+                q_KRELD, [*ancestors, (rows(k_KSD, table), rows(v_KSD, table), "causal")], scale
+            )
             return out.permute(1, 3, 0, 2, 4).reshape(R * L, H, D)
 
         outs = []
         if C:
             first = F.scaled_dot_product_attention(
-                q_HSD[None, :, :C], k_KSD[None, :, :C], v_KSD[None, :, :C], is_causal=True, scale=scale, enable_gqa=True
+                q_HSD[None, :, :C],
+                k_KSD[None, :, :C],
+                v_KSD[None, :, :C],
+                is_causal=True,
+                scale=scale,
+                enable_gqa=True,
             )
             outs.append(first[0].transpose(0, 1))
         outs.append(level(self.prompts_RL, prefix))
@@ -320,26 +421,23 @@ class Tree:
             outs.append(level(self.answers_RL, [*prefix, shared]))
         return torch.cat(outs).index_select(0, self.unpack_S)
 
-    def to_rows(self, values_A):
-        """Unpack per-token values [A] to [N, T], zeros behind each row's end. Differentiable."""
-        N, T = len(self.lengths_N), int(self.lengths_N.max())
-        return values_A.new_zeros(N * T).index_copy(0, self._cells_A, values_A).view(N, T)
-
-    def pack(self, values_NT):
-        """The inverse of `to_rows`: [N, T] to [A]."""
-        return values_NT.flatten()[self._cells_A]
-
 
 def answer_hidden(model, tree):
-    """Hidden states [A, D] that predict the answer tokens, from one forward over the packed tree, with exact gradients."""
-    out = model.base_model(input_ids=tree.input_ids, position_ids=tree.position_ids, tree=tree, use_cache=False)
+    """Hidden states [A, D] that predict the answer tokens, from one forward over the packed tree,
+    with exact gradients.
+    """
+    out = model.base_model(
+        input_ids=tree.input_ids, position_ids=tree.position_ids, tree=tree, use_cache=False
+    )
     return out.last_hidden_state[0].index_select(0, tree.predict_A)
 
 
 class _TokenLogprobs(torch.autograd.Function):
-    """Log-probabilities and entropies in chunks of positions; the backward pass computes each chunk's logits again.
+    """Log-probabilities and entropies in chunks of positions; the backward pass computes each
+    chunk's logits again.
 
-    One buffer takes the gradient of the head from all chunks; left to autograd, each chunk would allocate its own.
+    One buffer takes the gradient of the head from all chunks; left to autograd, each chunk would
+    allocate its own.
     """
 
     @staticmethod
@@ -348,7 +446,9 @@ class _TokenLogprobs(torch.autograd.Function):
         hidden_AD, weight = hidden_AD.to(dtype), weight_VD.detach().to(dtype)
         bias = None if bias_V is None else bias_V.detach().to(dtype)
         logprobs, entropies = [], []
-        for hidden_CD, targets_C in zip(hidden_AD.split(chunk), targets_A.split(chunk), strict=True):
+        for hidden_CD, targets_C in zip(
+            hidden_AD.split(chunk), targets_A.split(chunk), strict=True
+        ):
             logps_CV = torch.log_softmax(ctx.logits(hidden_CD), -1)
             logprobs.append(logps_CV.gather(-1, targets_C[:, None])[:, 0])
             entropies.append(-logps_CV.exp().mul_(logps_CV).sum(-1))
@@ -365,7 +465,9 @@ class _TokenLogprobs(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight_VD) if ctx.needs_input_grad[1] else None
         grad_bias = torch.zeros_like(bias_V) if ctx.needs_input_grad[2] else None
         grad_A = grad_A / ctx.temperature
-        for hidden_CD, targets_C, grad_C in zip(*(x.split(ctx.chunk) for x in (hidden_AD, targets_A, grad_A)), strict=True):
+        for hidden_CD, targets_C, grad_C in zip(
+            *(x.split(ctx.chunk) for x in (hidden_AD, targets_A, grad_A)), strict=True
+        ):
             # d logprob / d logits = one_hot(target) - softmax(logits)
             grad_CV = torch.softmax(ctx.logits(hidden_CD), -1).mul_(-grad_C[:, None])
             grad_CV.scatter_add_(1, targets_C[:, None], grad_C[:, None])
@@ -382,105 +484,137 @@ class _TokenLogprobs(torch.autograd.Function):
 
 
 def token_logprobs(hidden_AD, head, targets_A, temperature=1.0, chunk=None):
-    """Log-probabilities and entropies of the target tokens under softmax(head(hidden) / temperature), both float32 [A].
+    """Log-probabilities and entropies of the target tokens under softmax(head(hidden) /
+    temperature), both float32 [A].
 
-    head: the model's output layer, a torch.nn.Linear. Runs in chunks of `chunk` positions (by default so many that a chunk
-    has 2**24 logits) that are computed again in the backward pass, so [A, vocabulary] never exists. The entropies carry no
-    gradient; they are a statistic.
+    head: the model's output layer, a torch.nn.Linear. Runs in chunks of `chunk` positions (by
+    default so many that a chunk has 2**24 logits) that are computed again in the backward pass, so
+    [A, vocabulary] never exists. The entropies carry no gradient; they are a statistic.
     """
     chunk = chunk or max(1, 2**24 // head.weight.shape[0])
     device = hidden_AD.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.weight.dtype
-    return _TokenLogprobs.apply(hidden_AD, head.weight, head.bias, targets_A, temperature, chunk, dtype)
+    dtype = (
+        torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.weight.dtype
+    )
+    return _TokenLogprobs.apply(
+        hidden_AD, head.weight, head.bias, targets_A, temperature, chunk, dtype
+    )
 
 
-def logits_of(head, hidden_ND, ids):
-    """float32 logits [N, Y] of some ids alone, from the head's rows for them: [N, vocabulary] is never made. Differentiable."""
+class Policy(torch.nn.Module):
+    """A causal language model as the trainer calls it, and the root that FSDP shards.
+
+    model: under tree attention. FSDP gathers the weights of head and embedding before `forward` and
+    keeps them until the backward pass, which computes the logits again.
+    """
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, tree, temperature=1.0):
+        """Log-probabilities and entropies of the tree's answer tokens, both float32 [A]."""
+        hidden_AD = answer_hidden(self.model, tree)
+        head = self.model.get_output_embeddings()
+        return token_logprobs(hidden_AD, head, tree.targets_A, temperature)
+
+
+def next_token_logits(model, prompts, ids):
+    """float32 logits [N, Y] of the ids as the next token of each prompt. Differentiable.
+
+    From the head's rows for these ids: [N, vocabulary] is never made.
+    """
+    placeholders = [[[0]]] * len(prompts)  # one token to predict, whichever
+    hidden_ND = answer_hidden(model, Tree(prompts, placeholders, model.device))
+    head = model.get_output_embeddings()
     bias = None if head.bias is None else head.bias[ids]
     return F.linear(hidden_ND, head.weight[ids], bias).float()
 
 
+EMPTY = (slice(0, 0), slice(0, 0))  # the micro-batch of a rank that has none left
+
+
 def micro_batches(prompts, answers, max_tokens):
-    """Cut a batch into micro-batches of whole groups (slices of the prompts): at most max_tokens tokens each, or one group."""
-    slices, start, used = [], 0, 0
+    """Cut a batch into micro-batches of whole groups, of at most max_tokens tokens or one group.
+
+    Returns pairs of slices: of the prompts, and of the batch's packed answer tokens [A].
+    """
+    pairs = []
+    start = used = 0  # of the micro-batch that is being filled: its first prompt, its tokens
+    first_token = token = 0  # its first answer token; the answer tokens so far
     for i, (prompt, group) in enumerate(zip(prompts, answers, strict=True)):
-        need = len(prompt) + sum(map(len, group))
+        new = sum(map(len, group))
+        need = len(prompt) + new
         if used and used + need > max_tokens:
-            slices.append(slice(start, i))
-            start, used = i, 0
+            pairs.append((slice(start, i), slice(first_token, token)))
+            start, first_token, used = i, token, 0
         used += need
-    return [*slices, slice(start, len(prompts))]
+        token += new
+    if used:
+        pairs.append((slice(start, len(prompts)), slice(first_token, token)))
+    return pairs
 
 
-# Sampling -------------------------------------------------------------------------------------------------------------
+# Sampling -----------------------------------------------------------------------------------------
 
 
 @dataclass
 class Rollout:
-    """Sampled answers, prompt by prompt: row p * group_size + g is answer g of prompt p.
+    """Sampled answers.
 
-    ids_NT: int64, zeros behind the end; lengths_N: tokens of each answer, EOS counted; logprobs_NT: float32, of each token
-    under the distribution it was drawn from; ended_N: whether the answer ended by itself (False: cut at max_new_tokens).
+    answers: P lists of G answers, each a list of ids, EOS included where it ended by itself.
+    lengths_N: int64, tokens of each answer. ended_N: bool, False where cut at max_new_tokens.
+    logprobs_A: float32, packed answer by answer: of each token under the distribution that it was
+    drawn from. label_logits_AY: float32, where label_ids were given: their logits there.
     """
 
-    ids_NT: torch.Tensor
+    answers: list
     lengths_N: torch.Tensor
-    logprobs_NT: torch.Tensor
     ended_N: torch.Tensor
-    group_size: int
-
-    def answers(self):
-        """The answers as lists of ids, one list of `group_size` answers per prompt, EOS included."""
-        rows = [row[:n] for row, n in zip(self.ids_NT.tolist(), self.lengths_N.tolist(), strict=True)]
-        return [rows[i : i + self.group_size] for i in range(0, len(rows), self.group_size)]
+    logprobs_A: torch.Tensor
+    label_logits_AY: torch.Tensor | None
 
 
 def uniforms(seed, step, rows, width):
-    """The table [rows, width] of float64 uniforms from which tokens are drawn. A row depends on (seed, step, row) alone."""
+    """The table [rows, width] of float64 uniforms from which tokens are drawn. A row depends on
+    (seed, step, row) alone.
+    """
     return np.stack([np.random.default_rng([seed, step, row]).random(width) for row in rows])
 
 
-def _truncate(logits_RV, top_k, top_p):
-    """-inf for all but the top_k most probable tokens (0: all), and of these the fewest that hold top_p of the mass."""
-    if top_k:
-        least_R1 = logits_RV.topk(min(top_k, logits_RV.shape[1])).values[:, -1:]
-        logits_RV = logits_RV.masked_fill(logits_RV < least_R1, float("-inf"))
-    if top_p < 1:
-        sorted_RV, order_RV = logits_RV.sort(descending=True)
-        probs_RV = torch.softmax(sorted_RV, -1)
-        beyond_RV = probs_RV.cumsum(-1) - probs_RV >= top_p  # the most probable one always stays
-        logits_RV = logits_RV.masked_fill(beyond_RV.scatter(1, order_RV, beyond_RV), float("-inf"))
-    return logits_RV
+def choose_tokens(logits_RV, uniforms_R, temperature):
+    """Draw one token a row as the inverse CDF at its uniform: ids [R], log-probabilities [R].
 
-
-def choose_tokens(logits_RV, uniforms_R, temperature, top_k=0, top_p=1.0):
-    """Draw one token a row as the inverse CDF at its uniform; returns ids [R] and float32 log-probabilities [R].
-
-    The log-probabilities are of the distribution drawn from. temperature 0 takes the most probable token; its
-    log-probability is then that at temperature 1.
+    The float32 log-probabilities are of the distribution drawn from. temperature 0 takes the most
+    probable token; its log-probability is then that at temperature 1.
     """
-
-    def choose(logits_RV, uniforms_R):
-        logits_RV = logits_RV.float()
-        logits_RV = _truncate(logits_RV if temperature in (0, 1) else logits_RV / temperature, top_k, top_p)
-        logps_RV = torch.log_softmax(logits_RV, -1)
+    # On the CPU some rows at a time, so that the scratch stays in the cache: several times faster.
+    rows = len(logits_RV)
+    if logits_RV.device.type == "cpu":
+        rows = max(1, 2**18 // logits_RV.shape[1])
+    ids, logprobs = [], []
+    for logits_CV, uniforms_C in zip(logits_RV.split(rows), uniforms_R.split(rows), strict=True):
+        logits_CV = logits_CV.float()
+        if temperature not in (0, 1):
+            logits_CV = logits_CV / temperature
+        logps_CV = torch.log_softmax(logits_CV, -1)
         if temperature == 0:
-            ids_R = logps_RV.argmax(-1)
+            ids_C = logps_CV.argmax(-1)
         else:
-            cdf_RV = logps_RV.exp().double().cumsum(-1)
-            # Scaling by the last value instead of 1 keeps the draw inside the vocabulary whatever the rounding.
-            ids_R = torch.searchsorted(cdf_RV, (uniforms_R * cdf_RV[:, -1])[:, None], right=True)[:, 0]
-            ids_R = ids_R.clamp(max=logits_RV.shape[-1] - 1)
-        return ids_R, logps_RV.gather(-1, ids_R[:, None])[:, 0]
-
-    # On the CPU some rows at a time, so that the scratch stays in the cache: several times faster than all at once.
-    some = max(1, 2**18 // logits_RV.shape[1]) if logits_RV.device.type == "cpu" else len(logits_RV)
-    parts = [choose(*part) for part in zip(logits_RV.split(some), uniforms_R.split(some), strict=True)]
-    return tuple(torch.cat(values) for values in zip(*parts, strict=True))
+            cdf_CV = logps_CV.exp().double().cumsum(-1)
+            # Scaling by the last value instead of 1 keeps the draw inside, whatever the rounding.
+            ends_C1 = (uniforms_C * cdf_CV[:, -1])[:, None]
+            ids_C = torch.searchsorted(cdf_CV, ends_C1, right=True)[:, 0]
+            ids_C = ids_C.clamp(max=logits_CV.shape[-1] - 1)
+        ids.append(ids_C)
+        logprobs.append(logps_CV.gather(-1, ids_C[:, None])[:, 0])
+    return torch.cat(ids), torch.cat(logprobs)
 
 
 class _Prefill:
-    """Layout of a prefill: R rows packed in one [1, S], each seeing `ancestors` and, causally, itself; keeps their keys."""
+    """Layout of a prefill: R rows packed in one [1, S], each seeing `ancestors` and, causally,
+    itself; keeps their keys.
+    """
 
     def __init__(self, rows, start, ancestors, device):
         as_tensor = lambda values: torch.tensor(values, dtype=torch.long, device=device)
@@ -488,12 +622,18 @@ class _Prefill:
         starts = np.cumsum([0, *lengths])[:-1].tolist()
         self.ancestors, self.keys_values = ancestors, []
         self.input_ids = as_tensor([token for row in rows for token in row])[None]
-        self.position_ids = as_tensor([start + i for length in lengths for i in range(length)])[None]
+        self.position_ids = as_tensor([start + i for length in lengths for i in range(length)])[
+            None
+        ]
         self.max_position = start + width
         self.lengths_R = as_tensor(lengths)
         self.last_R = as_tensor(starts) + self.lengths_R - 1
-        self.table_RL = as_tensor([[*range(s, s + n)] + [s] * (width - n) for s, n in zip(starts, lengths, strict=True)])
-        self.cells_S = as_tensor([r * width + i for r, length in enumerate(lengths) for i in range(length)])
+        self.table_RL = as_tensor(
+            [[*range(s, s + n)] + [s] * (width - n) for s, n in zip(starts, lengths, strict=True)]
+        )
+        self.cells_S = as_tensor(
+            [r * width + i for r, length in enumerate(lengths) for i in range(length)]
+        )
 
     def attend(self, layer, q_HSD, k_KSD, v_KSD, scale):
         (H, _, D), (R, L) = q_HSD.shape, self.table_RL.shape
@@ -503,7 +643,9 @@ class _Prefill:
         values = v_KSD.index_select(1, index).view(K, R, L, D)
         self.keys_values.append((keys, values))
         q_KRELD = q_HSD.index_select(1, index).view(K, H // K, R, L, D).transpose(1, 2)
-        segments = [(*pair, None) for pair in self.ancestors[layer : layer + 1]] + [(keys, values, "causal")]
+        segments = [(*pair, None) for pair in self.ancestors[layer : layer + 1]] + [
+            (keys, values, "causal")
+        ]
         out = attend(q_KRELD, segments, scale)
         return out.permute(1, 3, 0, 2, 4).reshape(R * L, H, D).index_select(0, self.cells_S)
 
@@ -511,13 +653,24 @@ class _Prefill:
 class _Decode:
     """Layout and cache of decoding, for A active rows that each add one token.
 
-    A row's own keys are in its place. Its prompt's keys are in a slot, shared by the G rows that sit there: seat
-    slot * G + g. Places are free again when a row ends, slots when the last of its rows does.
+    A row's own keys are in its place. Its prompt's keys are in a slot, shared by the G rows that
+    sit there: seat slot * G + g. Places are free again when a row ends, slots when the last of its
+    rows does.
     """
 
     def __init__(self, prefix_cache, slots, places, group_size, prompt_width, max_position, device):
-        self.prefix_cache, self.slots, self.places, self.group_size = prefix_cache, slots, places, group_size
-        self.prompt_width, self.max_position, self.width, self.buffers = prompt_width, max_position, 0, []
+        self.prefix_cache, self.slots, self.places, self.group_size = (
+            prefix_cache,
+            slots,
+            places,
+            group_size,
+        )
+        self.prompt_width, self.max_position, self.width, self.buffers = (
+            prompt_width,
+            max_position,
+            0,
+            [],
+        )
         self.prompt_mask_SC = torch.full((slots, prompt_width), float("-inf"), device=device)
 
     def store_prompts(self, slots_P, prefill):
@@ -526,31 +679,50 @@ class _Decode:
             for keys, _ in prefill.keys_values:
                 K, _, _, D = keys.shape
                 shape = (K, self.slots, self.prompt_width, D)
-                self.buffers.append([keys.new_zeros(shape), keys.new_zeros(shape), *keys.new_zeros(2, K, self.places, 0, D)])
+                self.buffers.append(
+                    [
+                        keys.new_zeros(shape),
+                        keys.new_zeros(shape),
+                        *keys.new_zeros(2, K, self.places, 0, D),
+                    ]
+                )
         width = prefill.table_RL.shape[1]
-        for (keys, values), (prompt_k, prompt_v, _, _) in zip(prefill.keys_values, self.buffers, strict=True):
+        for (keys, values), (prompt_k, prompt_v, _, _) in zip(
+            prefill.keys_values, self.buffers, strict=True
+        ):
             prompt_k[:, slots_P, :width] = keys
             prompt_v[:, slots_P, :width] = values
         self.prompt_mask_SC[slots_P] = _padding_mask(prefill.lengths_R, self.prompt_width)[0, :, 0]
 
     def grow(self, tokens, limit):
-        """Make room for answers of `tokens` tokens. Widths double, so that a step has few shapes and no slice of a buffer:
-        matrix products copy their operands unless these are whole."""
+        """Make room for answers of `tokens` tokens. Widths double, so that a step has few shapes
+        and no slice of a buffer: matrix products copy their operands unless these are whole.
+        """
         if tokens > self.width:
             self.width = min(limit, max(16, 2 * self.width))
             for buffers in self.buffers:
                 buffers[2:] = [F.pad(x, (0, 0, 0, self.width - x.shape[2])) for x in buffers[2:]]
 
     def prepare(self, places_A, seats_A, written_A):
-        """Set who takes part in the next step: each row's place and seat, and how many of its tokens are in the cache."""
+        """Set who takes part in the next step: each row's place and seat, and how many of its
+        tokens are in the cache.
+        """
         self.places_A, self.seats_A, self.written_A = places_A, seats_A, written_A
         unseen_AC = torch.arange(self.width, device=written_A.device) > written_A[:, None]
-        own_AC = torch.zeros(unseen_AC.shape, device=written_A.device).masked_fill(unseen_AC, float("-inf"))
+        own_AC = torch.zeros(unseen_AC.shape, device=written_A.device).masked_fill(
+            unseen_AC, float("-inf")
+        )
         self.mask_AC = torch.cat([self.prompt_mask_SC[seats_A // self.group_size], own_AC], 1)
 
     def attend(self, layer, q_HAD, k_KAD, v_KAD, scale):
-        """Keys and values enter the cache; queries see prefix, prompt and answer under one softmax. Returns [A, H, D]."""
-        (H, A, D), K, (seats, places) = q_HAD.shape, k_KAD.shape[0], (self.slots * self.group_size, self.places)
+        """Keys and values enter the cache; queries see prefix, prompt and answer under one softmax.
+        Returns [A, H, D].
+        """
+        (H, A, D), K, (seats, places) = (
+            q_HAD.shape,
+            k_KAD.shape[0],
+            (self.slots * self.group_size, self.places),
+        )
         prompt_k, prompt_v, own_k, own_v = self.buffers[layer]
         own_k[:, self.places_A, self.written_A] = k_KAD
         own_v[:, self.places_A, self.written_A] = v_KAD
@@ -560,15 +732,23 @@ class _Decode:
             return x_KAEC.new_zeros(K, rows, *x_KAEC.shape[2:]).index_copy_(1, index_A, x_KAEC)
 
         def product(x_KREC, y_KBCD):  # B blocks of keys or values, each for R / B rows
-            return (x_KREC.reshape(K, y_KBCD.shape[1], -1, x_KREC.shape[3]) @ y_KBCD).view(K, -1, H // K, y_KBCD.shape[3])
+            return (x_KREC.reshape(K, y_KBCD.shape[1], -1, x_KREC.shape[3]) @ y_KBCD).view(
+                K, -1, H // K, y_KBCD.shape[3]
+            )
 
-        by_prompt = product(spread(q_KAED, self.seats_A, seats), prompt_k.mT).index_select(1, self.seats_A)
-        by_place = product(spread(q_KAED, self.places_A, places), own_k.mT).index_select(1, self.places_A)
+        by_prompt = product(spread(q_KAED, self.seats_A, seats), prompt_k.mT).index_select(
+            1, self.seats_A
+        )
+        by_place = product(spread(q_KAED, self.places_A, places), own_k.mT).index_select(
+            1, self.places_A
+        )
         scores = torch.cat([by_prompt, by_place], -1).add_(self.mask_AC[:, None].to(q_HAD.dtype))
         for prefix_k, _ in self.prefix_cache[layer : layer + 1]:
             scores = torch.cat([scores, product(q_KAED, prefix_k.mT)], -1)
         probs = torch.softmax(scores, -1)  # computed in float32 whatever the dtype
-        prompt_p, own_p, prefix_p = probs.split([self.prompt_width, self.width, probs.shape[3] - self.mask_AC.shape[1]], -1)
+        prompt_p, own_p, prefix_p = probs.split(
+            [self.prompt_width, self.width, probs.shape[3] - self.mask_AC.shape[1]], -1
+        )
         out = product(spread(prompt_p, self.seats_A, seats), prompt_v).index_select(1, self.seats_A)
         out += product(spread(own_p, self.places_A, places), own_v).index_select(1, self.places_A)
         for _, prefix_v in self.prefix_cache[layer : layer + 1]:
@@ -576,64 +756,104 @@ class _Decode:
         return out.permute(1, 0, 2, 3).reshape(A, H, D)
 
 
-def _check_sample(model, prompts, group_size, max_new_tokens, eos_id, for_training, truncating):
+def _check_sample(model, prompts, group_size, max_new_tokens, eos_id):
     _check_prompts(prompts)
     if group_size < 1 or max_new_tokens < 1:
-        raise ValueError(f"group_size ({group_size}) and max_new_tokens ({max_new_tokens}) must be at least 1")
+        raise ValueError(
+            f"group_size ({group_size}) and max_new_tokens ({max_new_tokens}) must be at least 1"
+        )
     if eos_id is None:
         raise ValueError("eos_id is missing: without an end-of-sequence token no answer can end")
-    if truncating and for_training:
-        raise ValueError(
-            "top_k and top_p draw from another distribution than the trainer scores, which biases the ratio between them; "
-            "leave them out, or pass for_training=False if the log-probabilities are not used for training"
-        )
     dropout = any(isinstance(m, torch.nn.Dropout) and m.p for m in model.modules())
     if model.training and (dropout or getattr(model.config, "attention_dropout", 0)):
-        raise ValueError("the model is in train mode with dropout; call model.eval() before sampling")
+        raise ValueError(
+            "the model is in train mode with dropout; call model.eval() before sampling"
+        )
     longest, context = max(map(len, prompts)) + max_new_tokens, model.config.max_position_embeddings
     if longest > context:
-        raise ValueError(f"the longest prompt and answer need {longest} tokens, the model's context has {context}")
+        raise ValueError(
+            f"the longest prompt and answer need {longest} tokens, the model has a context of {context}"
+        )
     if model.config._attn_implementation != "tree":
         raise ValueError("call rollout.use_tree_attention(model) first")
 
 
 def fit_rows(prompts, group_size, max_new_tokens, cache_tokens):
-    """How many rows decode at a time, and in how many slots for prompts, so that the cache holds at most cache_tokens.
+    """How many rows decode at a time, and in how many slots for prompts, so that the cache holds at
+    most cache_tokens.
 
-    Groups end row by row; slots for twice as many groups as there is room for keep the places full meanwhile.
+    Groups end row by row; slots for twice as many groups as there is room for keep the places full
+    meanwhile.
     """
     P, G, prefix = len(prompts), group_size, common_prefix_length(prompts)
     own = max(map(len, prompts)) - prefix
     slots = lambda groups: min(P, groups if G == 1 else 2 * groups)
     tokens = lambda groups: prefix + slots(groups) * own + groups * G * max_new_tokens
     if tokens(1) > cache_tokens:
-        raise ValueError(f"cache_tokens ({cache_tokens}): a group of {G} answers needs {tokens(1)}; raise it")
+        raise ValueError(
+            f"cache_tokens ({cache_tokens}): a group of {G} answers needs {tokens(1)}; raise it"
+        )
     groups = max(g for g in range(1, P + 1) if tokens(g) <= cache_tokens)
     return groups * G, slots(groups)
 
 
-PREFILL_TOKENS = 8192  # prefilled at a time, padding of the attention counted: bounds the memory of a prefill
+PREFILL_TOKENS = (
+    8192  # prefilled at a time, padding of the attention counted: bounds the memory of a prefill
+)
 
 
 class _Sampler:
-    """The state of one call of `sample`: what is drawn (by row), who decodes (by place), and the cache."""
+    """The state of one call of `sample`: what is drawn (by row), who decodes (by place), and the
+    cache.
+    """
 
-    def __init__(self, model, prompts, group_size, max_new_tokens, eos_id, choose, draws_NT, cache_tokens, graphs):
+    def __init__(
+        self,
+        model,
+        prompts,
+        group_size,
+        max_new_tokens,
+        eos_id,
+        temperature,
+        draws_NT,
+        cache_tokens,
+        graphs,
+        label_ids=None,
+    ):
         device, N, T, G = model.device, len(draws_NT), max_new_tokens, group_size
-        self.model, self.prompts, self.eos_id, self.choose, self.group_size = model, prompts, eos_id, choose, G
+        self.model, self.prompts, self.eos_id, self.temperature, self.group_size = (
+            model,
+            prompts,
+            eos_id,
+            temperature,
+            G,
+        )
         self.graphs = {} if graphs and device.type == "cuda" else None
         places, slots = fit_rows(prompts, G, T, cache_tokens)
-        # One row, place and slot more than there are: the idle rows of a padded step write there, nobody reads it.
+        # One row, place and slot more than there are: the idle rows of a padded step write there,
+        # nobody reads it.
         self.ids_NT = torch.zeros(N + 1, T, dtype=torch.long, device=device)
         self.logprobs_NT = torch.zeros(N + 1, T, device=device)
+        self.label_ids_Y = self.label_logits_NTY = None
+        if label_ids is not None:
+            self.label_ids_Y = torch.tensor(label_ids, device=device)
+            self.label_logits_NTY = torch.zeros(N + 1, T, len(label_ids), device=device)
         self.lengths_N = torch.zeros(N + 1, dtype=torch.long, device=device)
         self.ended_N = torch.zeros(N + 1, dtype=torch.bool, device=device)
         self.draws_NT = torch.cat([draws_NT, draws_NT[:1]])
         self.waiting = 0  # the next prompt to be admitted
-        self.active, self.time = {}, 0  # places at work, the oldest first: the decoding step before which each began
+        self.active, self.time = (
+            {},
+            0,
+        )  # places at work, the oldest first: the decoding step before which each began
         self.free_places, self.free_slots = [*range(places)], [*range(slots)]
-        self.slot_of, self.left = [0] * places, [0] * slots  # of each place; rows at work in each slot
-        self.row = torch.full((places + 1,), N, device=device)  # of each place: its output row, seat and prompt's length
+        self.slot_of, self.left = (
+            [0] * places,
+            [0] * slots,
+        )  # of each place; rows at work in each slot
+        self.row = torch.full(
+            (places + 1,), N, device=device
+        )  # of each place: its output row, seat and prompt's length
         self.seat = torch.full((places + 1,), slots * G, device=device)
         self.prompt_length = torch.zeros(places + 1, dtype=torch.long, device=device)
         self.prefix, prefix_cache = common_prefix_length(prompts), []
@@ -641,13 +861,21 @@ class _Sampler:
             chunk = prompts[0][start : min(self.prefix, start + PREFILL_TOKENS)]
             new = self.prefill([chunk], start, prefix_cache).keys_values
             both = lambda old, new: tuple(torch.cat(pair, 2) for pair in zip(old, new, strict=True))
-            prefix_cache = [both(*pair) for pair in zip(prefix_cache, new, strict=True)] if prefix_cache else new
+            prefix_cache = (
+                [both(*pair) for pair in zip(prefix_cache, new, strict=True)]
+                if prefix_cache
+                else new
+            )
         own = max(map(len, prompts)) - self.prefix
-        self.decode = _Decode(prefix_cache, slots + 1, places + 1, G, own, self.prefix + own + T, device)
+        self.decode = _Decode(
+            prefix_cache, slots + 1, places + 1, G, own, self.prefix + own + T, device
+        )
         self.quantum = max(1, places // G // 8)
 
     def forward(self, input_ids, position_ids, layout):
-        out = self.model.base_model(input_ids=input_ids, position_ids=position_ids, tree=layout, use_cache=False)
+        out = self.model.base_model(
+            input_ids=input_ids, position_ids=position_ids, tree=layout, use_cache=False
+        )
         return out.last_hidden_state[0]
 
     def prefill(self, rows, start, ancestors):
@@ -657,19 +885,32 @@ class _Sampler:
 
     def room(self):
         """How many waiting prompts are to be admitted now."""
-        groups = min(len(self.free_places) // self.group_size, len(self.free_slots), len(self.prompts) - self.waiting)
-        # A prefill for few prompts is nearly as slow as one for many: wait until an eighth of the places are free.
-        groups = groups if groups >= min(self.quantum, len(self.prompts) - self.waiting) or not self.active else 0
+        groups = min(
+            len(self.free_places) // self.group_size,
+            len(self.free_slots),
+            len(self.prompts) - self.waiting,
+        )
+        # A prefill for few prompts is nearly as slow as one for many: wait until an eighth of the
+        # places are free.
+        groups = (
+            groups
+            if groups >= min(self.quantum, len(self.prompts) - self.waiting) or not self.active
+            else 0
+        )
         return min(groups, max(1, PREFILL_TOKENS // self.decode.prompt_width))
 
     def admit(self, groups):
-        """Prefill waiting prompts into free slots and draw the first token of each of their answers."""
+        """Prefill waiting prompts into free slots and draw the first token of each of their
+        answers.
+        """
         G, device = self.group_size, self.model.device
         as_tensor = lambda values: torch.tensor(values, dtype=torch.long, device=device)
         chosen = range(self.waiting, self.waiting + groups)
         slots, self.free_slots = self.free_slots[:groups], self.free_slots[groups:]
         places, self.free_places = self.free_places[: groups * G], self.free_places[groups * G :]
-        prefill = self.prefill([self.prompts[p][self.prefix :] for p in chosen], self.prefix, self.decode.prefix_cache)
+        prefill = self.prefill(
+            [self.prompts[p][self.prefix :] for p in chosen], self.prefix, self.decode.prefix_cache
+        )
         self.decode.store_prompts(as_tensor(slots), prefill)
         for i, place in enumerate(places):
             self.active[place], self.slot_of[place] = self.time, slots[i // G]
@@ -679,14 +920,21 @@ class _Sampler:
         self.seat[places_A] = as_tensor([slot * G + g for slot in slots for g in range(G)])
         self.prompt_length[places_A] = (self.prefix + prefill.lengths_R).repeat_interleave(G)
         self.waiting = chosen.stop
-        self.leave(places, self.draw(places_A, prefill.hidden_SD[prefill.last_R].repeat_interleave(G, 0)))
-        return len(places)
+        self.leave(
+            places, self.draw(places_A, prefill.hidden_SD[prefill.last_R].repeat_interleave(G, 0))
+        )
+
+    def choose(self, logits_AV, draws_A):
+        return choose_tokens(logits_AV, draws_A, self.temperature)
 
     def draw(self, places_A, hidden_AD):
         """Draw the next token of each place; returns which rows are done, [A] booleans."""
         rows, T = self.row[places_A], self.ids_NT.shape[1]
         at = self.lengths_N[rows].clamp(max=T - 1)  # the clamp is for idle rows
-        ids, logps = self.choose(self.model.get_output_embeddings()(hidden_AD), self.draws_NT[rows, at])
+        logits_AV = self.model.get_output_embeddings()(hidden_AD)
+        ids, logps = self.choose(logits_AV, self.draws_NT[rows, at])
+        if self.label_ids_Y is not None:
+            self.label_logits_NTY[rows, at] = logits_AV[:, self.label_ids_Y].float()
         self.ids_NT[rows, at], self.logprobs_NT[rows, at] = ids, logps
         self.lengths_N[rows] = at + 1
         self.ended_N[rows] = ids == self.eos_id
@@ -703,22 +951,32 @@ class _Sampler:
                 del self.active[place]
 
     def decode_one(self, places_A):
-        """One token for each place. Of fixed shape and without a look at any value, so that a CUDA graph can hold it."""
+        """One token for each place. Of fixed shape and without a look at any value, so that a CUDA
+        graph can hold it.
+        """
         rows = self.row[places_A]
-        written = (self.lengths_N[rows] - 1).clamp(min=0, max=self.decode.width - 1)  # clamped for idle rows
+        written = (self.lengths_N[rows] - 1).clamp(
+            min=0, max=self.decode.width - 1
+        )  # clamped for idle rows
         self.decode.prepare(places_A, self.seat[places_A], written)
         position_ids = (self.prompt_length[places_A] + written)[None]
-        return self.draw(places_A, self.forward(self.ids_NT[rows, written][None], position_ids, self.decode))
+        return self.draw(
+            places_A, self.forward(self.ids_NT[rows, written][None], position_ids, self.decode)
+        )
 
     def decode_in_graph(self, places):
-        """`decode_one` from a CUDA graph, captured once for each number of rows (a power of two) and width of the cache."""
+        """`decode_one` from a CUDA graph, captured once for each number of rows (a power of two)
+        and width of the cache.
+        """
         size, idle = 1 << (len(places) - 1).bit_length(), self.decode.places - 1
         if size not in self.graphs:
             places_A = torch.full((size,), idle, device=self.model.device)
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
-                self.decode_one(places_A)  # of idle rows: it allocates and tunes what a capture must not
+                self.decode_one(
+                    places_A
+                )  # of idle rows: it allocates and tunes what a capture must not
             torch.cuda.current_stream().wait_stream(side)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
@@ -730,11 +988,10 @@ class _Sampler:
         return done_A
 
     def step(self):
-        """Admit prompts where there is room, else decode one token of every active row; the tokens drawn, None at the end."""
+        """Admit prompts where there is room, else decode one token of every active row."""
         if groups := self.room():
-            return self.admit(groups)
-        if not self.active:
-            return None
+            self.admit(groups)
+            return
         places, self.time = [*self.active], self.time + 1
         longest = self.time - self.active[places[0]]  # tokens in the cache after this step
         if longest > self.decode.width:
@@ -746,61 +1003,109 @@ class _Sampler:
         else:
             done_A = self.decode_in_graph(places)
         self.leave(places, done_A)
-        return len(places)
+
+    def run(self):
+        """Answer all prompts."""
+        while self.waiting < len(self.prompts) or self.active:
+            self.step()
 
 
 @torch.no_grad()
 def sample(
-    model, prompts, *, group_size=1, max_new_tokens, eos_id, temperature=1.0, top_k=0, top_p=1.0, for_training=True,
-    seed=0, step=0, first_row=0, cache_tokens=2**17, cuda_graphs=True, progress=None,
-):  # fmt: skip
+    model,
+    prompts,
+    *,
+    group_size=1,
+    max_new_tokens,
+    eos_id,
+    temperature=1.0,
+    seed=0,
+    step=0,
+    first_row=0,
+    label_ids=None,
+    cache_tokens=2**17,
+    cuda_graphs=True,
+):
     """Sample `group_size` answers to each prompt (lists of token ids); returns a Rollout.
 
-    temperature 0 is greedy. top_k and top_p cut the distribution (0 and 1: not at all); they are refused for_training,
-    since the trainer scores under the whole one. Row n draws from uniforms of (seed, step, first_row + n), so its answer
-    does not depend on who shares its batch, beyond rounding. The key-value cache holds at most `cache_tokens` tokens, from
-    which follows how many rows decode at a time; waiting prompts take the places of finished rows. On a GPU the decoding
-    step runs from CUDA graphs unless cuda_graphs is False. progress(tokens) is called with the tokens drawn in each step.
-    Raises ValueError for empty prompts, budgets that fit nothing, a missing eos_id, dropout, or too long a prompt.
+    temperature 0 is greedy. Row n draws from uniforms of (seed, step, first_row + n), so its answer
+    does not depend on who shares its batch, beyond rounding. label_ids: ids whose logits are kept
+    at every position. The key-value cache holds at most `cache_tokens` tokens, from which follows
+    how many rows decode at a time; waiting prompts take the places of finished rows. On a GPU the
+    decoding step runs from CUDA graphs unless cuda_graphs is False.
+    Raises ValueError for empty prompts, budgets that fit nothing, a missing eos_id, dropout, or too
+    long a prompt.
     """
-    _check_sample(model, prompts, group_size, max_new_tokens, eos_id, for_training, top_k or top_p < 1)
+    _check_sample(model, prompts, group_size, max_new_tokens, eos_id)
     N = len(prompts) * group_size
-    draws = uniforms(seed, step, range(first_row, first_row + N), max_new_tokens) if temperature else np.zeros((N, 1))
-    draws_NT = torch.from_numpy(draws).to(model.device).expand(N, max_new_tokens)
-    choose = partial(choose_tokens, temperature=temperature, top_k=top_k, top_p=top_p)
+    if temperature:
+        draws_NT = uniforms(seed, step, range(first_row, first_row + N), max_new_tokens)
+    else:
+        draws_NT = np.zeros((N, 1))  # nothing is drawn
+    draws_NT = torch.from_numpy(draws_NT).to(model.device).expand(N, max_new_tokens)
     sampler = _Sampler(
-        model, prompts, group_size, max_new_tokens, eos_id, choose, draws_NT, cache_tokens, cuda_graphs,
-    )  # fmt: skip
-    while (tokens := sampler.step()) is not None:
-        if progress is not None:
-            progress(tokens)
-    results = [x[:N] for x in (sampler.ids_NT, sampler.lengths_N, sampler.logprobs_NT, sampler.ended_N)]
-    return Rollout(*results, group_size)
+        model,
+        prompts,
+        group_size,
+        max_new_tokens,
+        eos_id,
+        temperature,
+        draws_NT,
+        cache_tokens,
+        cuda_graphs,
+        label_ids,
+    )
+    sampler.run()
+    lengths_N = sampler.lengths_N[:N]
+    lengths = lengths_N.tolist()
+    rows = [row[:n] for row, n in zip(sampler.ids_NT[:N].tolist(), lengths, strict=True)]
+    answers = [rows[i : i + group_size] for i in range(0, N, group_size)]
+    is_token_NT = torch.arange(max_new_tokens, device=model.device) < lengths_N[:, None]
+    label_logits_AY = None
+    if label_ids is not None:
+        label_logits_AY = sampler.label_logits_NTY[:N][is_token_NT]
+    logprobs_A = sampler.logprobs_NT[:N][is_token_NT]
+    return Rollout(answers, lengths_N, sampler.ended_N[:N], logprobs_A, label_logits_AY)
 
 
-class TreeEngine:
-    """Greedy answers and next-token logits for many prompts, with shared prefixes computed once.
+class Engine:
+    """Greedy answers and label logits for many prompts, with shared prefixes computed once.
 
-    model: under tree attention. max_tokens: token budget of one forward pass; cache_tokens: as in `sample`.
+    model: under tree attention. max_tokens: token budget of one forward pass; cache_tokens: as in
+    `sample`.
     """
 
-    def __init__(self, model, eos_id, max_new_tokens, max_tokens=2**15, cache_tokens=2**17):
-        self.model, self.eos_id, self.max_tokens = model, eos_id, max_tokens
-        self.max_new_tokens, self.cache_tokens = max_new_tokens, cache_tokens
+    def __init__(
+        self, model, eos_id, label_ids, max_new_tokens, max_tokens=2**15, cache_tokens=2**17
+    ):
+        self.model = model
+        self.eos_id = eos_id
+        self.label_ids = label_ids
+        self.max_new_tokens = max_new_tokens
+        self.max_tokens = max_tokens
+        self.cache_tokens = cache_tokens
 
     def generate(self, prompts):
-        """Greedy answers, lists of ids, EOS included where the model ended."""
-        settings = {"max_new_tokens": self.max_new_tokens, "cache_tokens": self.cache_tokens, "temperature": 0}
-        return [answer for (answer,) in sample(self.model, prompts, eos_id=self.eos_id, **settings).answers()]
+        """Greedy answers, lists of ids, and the label logits [T, Y] at each of their positions."""
+        sampled = sample(
+            self.model,
+            prompts,
+            max_new_tokens=self.max_new_tokens,
+            eos_id=self.eos_id,
+            temperature=0,
+            label_ids=self.label_ids,
+            cache_tokens=self.cache_tokens,
+        )
+        answers = [answer for (answer,) in sampled.answers]
+        return answers, sampled.label_logits_AY.cpu().split(sampled.lengths_N.tolist())
 
     @torch.no_grad()
-    def label_logits(self, sequences, label_ids):
-        """float32 logits [N, Y] of the label ids as the next token of each sequence, on the CPU."""
-        answers, out = [[[label_ids[0]]]] * len(sequences), []  # one token to predict, whichever
-        for part in micro_batches(sequences, answers, self.max_tokens):
-            tree = Tree(sequences[part], answers[part], self.model.device)
-            out.append(logits_of(self.model.get_output_embeddings(), answer_hidden(self.model, tree), label_ids).cpu())
-        return torch.cat(out)
+    def label_logits(self, prompts):
+        """float32 logits [N, Y] of the labels as the next token of each prompt, on the CPU."""
+        logits = []
+        for part, _ in micro_batches(prompts, [[[0]]] * len(prompts), self.max_tokens):
+            logits.append(next_token_logits(self.model, prompts[part], self.label_ids).cpu())
+        return torch.cat(logits)
 
 
 def main():
