@@ -1,47 +1,51 @@
-"""Teacher -> student on logits.                                                                     (how is it served?)
+"""Teacher -> student on logits.                                                (how is it served?)
 
-    torchrun distill.py --teacher runs/notes/model --task data/notes --student FOLDER --out runs/student
-    torchrun --nproc-per-node 8 distill.py ...                   # the teacher's pairs and the batches are shared out, and
-                                                                 # the student's weights; the same command again goes on
+    torchrun distill.py --teacher runs/notes/model --task data/notes --student FOLDER --out OUT
+    torchrun --nproc-per-node 8 distill.py ...      # pairs, batches and the student's weights are
+                                                    # shared out; the same command again goes on
 
-The large model that reinforcement learning made is too slow to judge every pair; a light student answers in its place.
-1. The teacher reasons about every pair, M times; its distribution over the labels, read at the answer position behind each
-   reasoning, is averaged and stored (--cache), with the reasonings. No gold label is needed for that.
-2. A student learns from it: a causal model that gives the label first, or a classifier over (query, document).
+The large model that reinforcement learning made is too slow to judge every pair; a light student
+answers in its place.
+1. The teacher reasons about every pair, M times; its distribution over the labels, read where each
+   answer gives its label, is averaged and stored (--cache), with the reasonings. No gold label is
+   needed for that.
+2. A student learns from it: a causal model that gives the label first, or a classifier over (query,
+   document).
 3. Teacher and student side by side: quality, calibration, time per pair.
 
 The losses compare distributions, not sampled text:
 
-    loss = label_kd_loss(student_logits_NY, teacher_probs_NY, gold_N, temperature=2.0, gold_weight=0.1)
-    loss = token_kd_loss(student_hidden_AD, student.lm_head, teacher_hidden_AE, teacher.lm_head, kind="forward")
+    loss = label_kd_loss(student_logits_NY, teacher_probs_NY, gold_N, temperature=2.0)
+    loss = token_kd_loss(student_hidden_AD, student.lm_head, teacher_hidden_AE, teacher.lm_head)
 
-Prefer the first: it needs one distribution over the labels for each pair and leaves the student's reasoning text alone.
-R3A (arXiv 2508.02506) reports a 1.5B student trained only on the teacher's score-label logits that beats a 7B model
-after SFT, and LORE (arXiv 2512.03025) warns that distilling the reasoning text lowers pass@1. The second is for
-students that must also write the explanation.
+Prefer the first: it needs one distribution over the labels for each pair and leaves the student's
+reasoning text alone. R3A (arXiv 2508.02506) reports a 1.5B student trained only on the teacher's
+score-label logits that beats a 7B model after SFT, and LORE (arXiv 2512.03025) warns that
+distilling the reasoning text lowers pass@1. The second is for students that must also write the
+explanation.
 
 Where the parts come from:
-- temperature on both sides, the factor temperature**2 and the average with the gold label: Hinton et al. 2015
-  (arXiv 1503.02531);
-- forward, reverse and generalised Jensen-Shannon divergence for each token, on the teacher's reasonings or on the student's
-  own (on-policy): GKD (arXiv 2306.13649);
-- ours: the gold label is mixed in only where a pair has one; the Jensen-Shannon divergence is rescaled so that it does
-  not vanish at its ends; the factor temperature**2 also for tokens.
+- temperature on both sides, the factor temperature**2 and the average with the gold label: Hinton
+  et al. 2015 (arXiv 1503.02531);
+- forward, reverse and generalised Jensen-Shannon divergence for each token, on the teacher's
+  reasonings or on the student's own (on-policy): GKD (arXiv 2306.13649);
+- ours: the gold label is mixed in only where a pair has one; the Jensen-Shannon divergence is
+  rescaled so that it does not vanish at its ends; the factor temperature**2 also for tokens.
 
-Shapes: N pairs, Y labels, M reasonings of a pair, A answer positions (those that predict an answer token, over all answers
-of a batch), D width of the student, E width of the teacher, V vocabulary that student and teacher have in common.
+Shapes: N pairs, Y labels, M reasonings of a pair, A answer positions (those that predict an answer
+token, over all answers of a batch), D width of the student, E width of the teacher, V vocabulary
+that student and teacher have in common.
 """
 
-import contextlib
 import hashlib
 import itertools
 import json
 import math
 import os
-import shutil
-import sys
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -51,7 +55,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, get_cosine_schedule_with_warmup
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging as hf_logging
 
 import grm
@@ -60,109 +64,88 @@ import rollout
 from grm import setting
 
 UNLABELLED = -100  # what torch's cross-entropy ignores
-FREE = {"out", "max_tokens", "cache_tokens", "save_every"}  # may change when a run is taken up again
+TOKEN_LOSSES = ("forward", "reverse", "js")
+
+
+# Losses -------------------------------------------------------------------------------------------
 
 
 def _at_least_float32(x):
-    """bfloat16 and float16 become float32; float64 stays, so that gradients can be checked exactly."""
+    """bfloat16 and float16 become float32; float64 stays, so that gradients can be checked."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _check_temperature(temperature):
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"temperature is {temperature}; give a finite number above 0")
-
-
-# Labels: one distribution for each pair -------------------------------------------------------------------------------
-
-
-def _check_labels(student_logits_NY, teacher_probs_NY, gold_N, temperature, gold_weight):
-    shape, teacher_shape, gold_shape = (tuple(x.shape) for x in (student_logits_NY, teacher_probs_NY, gold_N))
-    if len(shape) != 2 or shape[1] < 2:
-        raise ValueError(f"student_logits_NY has shape {shape}; give [pairs, labels] with at least two labels")
-    if teacher_shape != shape:
-        raise ValueError(f"teacher_probs_NY has shape {teacher_shape}; give the student's shape {shape}")
-    if gold_shape != shape[:1] or gold_N.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"gold_N is {gold_N.dtype} of shape {gold_shape}; give int64 of shape {shape[:1]}")
-    if not (((gold_N >= 0) & (gold_N < shape[1])) | (gold_N == UNLABELLED)).all():
-        raise ValueError(f"gold_N must hold label indices 0..{shape[1] - 1}, or {UNLABELLED} for an unlabelled pair")
-    if not student_logits_NY.isfinite().all():
-        raise ValueError("student_logits_NY holds NaN or infinity; give the logits of the labels only, unmasked")
-    # The tolerance lets probabilities in bfloat16 pass and stops logits, log-probabilities and unnormalised slices.
+def _check_labels(student_logits_NY, teacher_probs_NY, gold_N):
+    shape = tuple(student_logits_NY.shape)
+    if len(shape) != 2 or teacher_probs_NY.shape != shape or gold_N.shape != shape[:1]:
+        raise ValueError(
+            f"student_logits_NY, teacher_probs_NY, gold_N have shapes {shape}, "
+            f"{tuple(teacher_probs_NY.shape)}, {tuple(gold_N.shape)}; give [N, Y], [N, Y], [N]"
+        )
+    in_range_N = (gold_N >= 0) & (gold_N < shape[1])
+    if not (in_range_N | (gold_N == UNLABELLED)).all():
+        raise ValueError(
+            f"gold_N must hold label indices 0..{shape[1] - 1}, or {UNLABELLED} for an unlabelled pair"
+        )
+    # The tolerance lets probabilities in bfloat16 pass, and stops logits and log-probabilities.
     sums_N = _at_least_float32(teacher_probs_NY).sum(-1)
     if not ((teacher_probs_NY >= 0).all() and ((sums_N - 1).abs() < 1e-2).all()):
-        raise ValueError("teacher_probs_NY must be probabilities; softmax the teacher's logits over the labels")
-    _check_temperature(temperature)
-    if not 0 <= gold_weight <= 1:
-        raise ValueError(f"gold_weight is {gold_weight}; give a number from 0 (teacher) to 1 (gold, where known)")
+        raise ValueError("teacher_probs_NY must be probabilities; softmax the teacher's logits")
 
 
 def label_kd_loss(student_logits_NY, teacher_probs_NY, gold_N, temperature=1.0, gold_weight=0.0):
-    """KL(teacher || student) over the labels, mixed with the cross-entropy on the gold label where there is one.
+    """KL(teacher || student) over the labels, mixed with the cross-entropy on the gold label.
 
-    student_logits_NY [N, Y] float: the student's logits of the Y labels, finite. teacher_probs_NY [N, Y] float:
-    probabilities at temperature 1; zeros are allowed; no gradient flows into them. gold_N [N] int64: index of the gold
-    label, or -100. Computed in float32 (float64 if either input is).
+    student_logits_NY [N, Y] float: the student's logits of the Y labels. teacher_probs_NY [N, Y]
+    float: probabilities at temperature 1; zeros are allowed; no gradient flows into them. gold_N
+    [N] int64: index of the gold label, or -100. Computed in float32 (float64 if an input is).
 
-    The KL term is taken at `temperature` on both sides: the teacher becomes p**(1/T), normalised. It is multiplied by
-    temperature**2, so that its gradient keeps its size as the temperature rises (Hinton et al. 2015). A labelled pair
-    counts (1 - gold_weight) * KL + gold_weight * cross-entropy, the latter at temperature 1; an unlabelled pair counts
-    its whole KL. Returns the mean over the N pairs, a scalar; 0, with zero gradient, for no pairs. For several
-    micro-batches or ranks, weight each by its share of the pairs.
+    The KL term is taken at `temperature` on both sides: the teacher becomes p**(1/T), normalised.
+    It is multiplied by temperature**2, so that its gradient keeps its size as the temperature rises
+    (Hinton et al. 2015). A labelled pair counts (1 - gold_weight) * KL + gold_weight *
+    cross-entropy, the latter at temperature 1; an unlabelled pair counts its whole KL. Returns the
+    mean over the N pairs, a scalar; 0, with zero gradient, for no pairs. For several micro-batches
+    or ranks, weight each by its share of the pairs.
 
-    Raises ValueError on shapes that differ, gold labels out of range, logits that are not finite, rows of
-    teacher_probs_NY that are not probabilities, temperature <= 0 and gold_weight outside [0, 1].
+    Raises ValueError on shapes that differ, gold labels out of range, and rows of teacher_probs_NY
+    that are not probabilities.
     """
-    _check_labels(student_logits_NY, teacher_probs_NY, gold_N, temperature, gold_weight)
+    _check_labels(student_logits_NY, teacher_probs_NY, gold_N)
     dtype = torch.promote_types(student_logits_NY.dtype, teacher_probs_NY.dtype)
     logits_NY = _at_least_float32(student_logits_NY.to(dtype))
     # log(0) = -inf becomes 0 again in the softmax, and kl_div reads 0 * log(0) as 0.
-    teacher_NY = torch.softmax(teacher_probs_NY.detach().to(logits_NY.dtype).log() / temperature, -1)
-    kd_NY = F.kl_div(torch.log_softmax(logits_NY / temperature, -1), teacher_NY, reduction="none")
-    kd_N = temperature**2 * kd_NY.sum(-1)
-    # An unlabelled pair has cross-entropy 0 here and weight 0 below: no mean over labelled pairs, so no 0 / 0.
-    gold_loss_N = F.cross_entropy(logits_NY, gold_N.long(), ignore_index=UNLABELLED, reduction="none")
-    gold_weight_N = gold_weight * (gold_N != UNLABELLED).to(kd_N.dtype)
-    return ((1 - gold_weight_N) * kd_N + gold_weight_N * gold_loss_N).sum() / max(len(gold_N), 1)
+    teacher_logps_NY = teacher_probs_NY.detach().to(logits_NY.dtype).log()
+    teacher_NY = torch.softmax(teacher_logps_NY / temperature, -1)
+    student_logps_NY = torch.log_softmax(logits_NY / temperature, -1)
+    kd_N = temperature**2 * F.kl_div(student_logps_NY, teacher_NY, reduction="none").sum(-1)
+    # An unlabelled pair has cross-entropy 0 here and weight 0 below: no 0 / 0.
+    gold_N = gold_N.long()
+    gold_loss_N = F.cross_entropy(logits_NY, gold_N, ignore_index=UNLABELLED, reduction="none")
+    weight_N = gold_weight * (gold_N != UNLABELLED).to(kd_N.dtype)
+    return ((1 - weight_N) * kd_N + weight_N * gold_loss_N).sum() / max(len(gold_N), 1)
 
 
-# Tokens: one distribution over the vocabulary for each answer position ------------------------------------------------
-
-
-def _divergence(log_q_AV, log_p_AV, kind, beta):
-    """[A] divergences between student q and teacher p, given log-probabilities. See token_kd_loss."""
-    log_ratio_AV = log_p_AV - log_q_AV
+def _divergence(log_q_CV, log_p_CV, kind, beta):
+    """[C] divergences between student q and teacher p, given log-probabilities. See token_kd_loss."""
+    log_ratio_CV = log_p_CV - log_q_CV
     if kind == "forward":
-        return (log_p_AV.exp() * log_ratio_AV).sum(-1)
+        return (log_p_CV.exp() * log_ratio_CV).sum(-1)
     if kind == "reverse":
-        return -(log_q_AV.exp() * log_ratio_AV).sum(-1)
-    # m = beta p + (1 - beta) q. log(m / q) is of size beta: taken as log((1 - beta) + beta p / q) it keeps its digits
-    # in float32, where log m - log q would lose them to the division by beta below. Likewise log(m / p) near beta 1.
-    log_beta, log_rest = log_ratio_AV.new_full((), math.log(beta)), log_ratio_AV.new_full((), math.log1p(-beta))
-    log_m_over_q_AV = torch.logaddexp(log_rest, log_beta + log_ratio_AV)
-    log_m_over_p_AV = torch.logaddexp(log_beta, log_rest - log_ratio_AV)
+        return -(log_q_CV.exp() * log_ratio_CV).sum(-1)
+    # m = beta p + (1 - beta) q. log(m / q) is of size beta: taken as log((1 - beta) + beta p / q)
+    # it keeps its digits in float32, where log m - log q would lose them to the division by beta
+    # below. Likewise log(m / p) near beta 1.
+    log_beta, log_rest = (
+        log_ratio_CV.new_full((), math.log(beta)),
+        log_ratio_CV.new_full((), math.log1p(-beta)),
+    )
+    log_m_over_q_CV = torch.logaddexp(log_rest, log_beta + log_ratio_CV)
+    log_m_over_p_CV = torch.logaddexp(log_beta, log_rest - log_ratio_CV)
     # [beta KL(p || m) + (1 - beta) KL(q || m)] / (beta (1 - beta))
-    terms_AV = log_p_AV.exp() * log_m_over_p_AV / (1 - beta) + log_q_AV.exp() * log_m_over_q_AV / beta
-    return -terms_AV.sum(-1)
-
-
-def _check_tokens(student_hidden_AD, teacher_hidden_AE, weights_A, kind, beta, temperature, denominator, chunk):
-    student, teacher = tuple(student_hidden_AD.shape), tuple(teacher_hidden_AE.shape)
-    if len(student) != 2 or len(teacher) != 2 or student[0] != teacher[0]:
-        raise ValueError(f"hidden states have shapes {student} and {teacher}; give [A, D] and [A, E] with the same A")
-    if weights_A is not None and tuple(weights_A.shape) != student[:1]:
-        raise ValueError(f"weights_A has shape {tuple(weights_A.shape)}; give one weight a position, {student[:1]}")
-    if weights_A is not None and not ((weights_A >= 0) & weights_A.isfinite()).all():
-        raise ValueError("weights_A must be finite and not negative; give 0 to leave a position out")
-    if kind not in ("forward", "reverse", "js"):
-        raise ValueError(f'kind is {kind!r}; give "forward", "reverse" or "js"')
-    if kind == "js" and not 0 < beta < 1:
-        raise ValueError(f'beta is {beta}; give 0 < beta < 1, or kind="forward" for 0 and kind="reverse" for 1')
-    _check_temperature(temperature)
-    if denominator is not None and not 0 < denominator < math.inf:
-        raise ValueError(f"denominator is {denominator}; give the global sum of weights, finite and above 0")
-    if chunk < 1:
-        raise ValueError(f"chunk is {chunk}; give a number of positions, at least 1")
+    terms_CV = (
+        log_p_CV.exp() * log_m_over_p_CV / (1 - beta) + log_q_CV.exp() * log_m_over_q_CV / beta
+    )
+    return -terms_CV.sum(-1)
 
 
 def token_kd_loss(
@@ -178,13 +161,15 @@ def token_kd_loss(
     denominator=None,
     chunk=256,
 ):
-    """Divergence between student q and teacher p over the whole vocabulary, averaged over answer positions.
+    """Divergence between student q and teacher p over the whole vocabulary, averaged over answer
+    positions.
 
-    student_hidden_AD [A, D], teacher_hidden_AE [A, E] float: finite hidden states that predict the same A tokens.
-    The heads are callables from hidden states [rows, width] to logits [rows, vocabulary], such as model.lm_head; logits
-    are taken to float32 (float64 stays). Nothing of the teacher gets a gradient. weights_A [A] float or bool: weight of
-    each position, default 1; 0 leaves it out. The weighted sum is divided by the sum of weights, or by `denominator`,
-    that sum over all ranks and micro-batches. Returns a scalar; 0, with zero gradient, if all weights are 0.
+    student_hidden_AD [A, D], teacher_hidden_AE [A, E] float: finite hidden states that predict the
+    same A tokens. The heads are callables from hidden states [rows, width] to logits [rows,
+    vocabulary], such as model.lm_head; logits are taken to float32 (float64 stays). Nothing of the
+    teacher gets a gradient. weights_A [A] float or bool: weight of each position, default 1; 0
+    leaves it out. The weighted sum is divided by the sum of weights, or by `denominator`, that sum
+    over all ranks and micro-batches. Returns a scalar; 0, with zero gradient, if all weights are 0.
 
     kind "forward": KL(p || q). "reverse": KL(q || p). "js": with m = beta p + (1 - beta) q, GKD's divergence
         JSD_beta(p, q) = beta KL(p || m) + (1 - beta) KL(q || m)
@@ -193,670 +178,737 @@ def token_kd_loss(
     four times the usual Jensen-Shannon divergence. As for labels, logits are divided by `temperature` and the loss is
     multiplied by its square.
 
-    If one vocabulary is longer, its end is cut off (models of one family pad differently; invented logits would take
-    probability from real tokens). The ids of the common part must mean the same tokens in both.
+    If one vocabulary is longer, its end is cut off (models of one family pad differently; invented
+    logits would take probability from real tokens). The ids of the common part must mean the same
+    tokens in both.
 
-    [A, vocabulary] never exists: `chunk` positions at a time, and again in the backward pass. A = 0 is one chunk with
-    no rows. If a head communicates between ranks, every rank needs the same number of chunks.
+    [A, vocabulary] never exists: `chunk` positions at a time, and again in the backward pass. A = 0
+    is one chunk with no rows. If a head communicates between ranks, every rank needs the same
+    number of chunks.
 
-    Raises ValueError on shapes that differ, weights that are negative or not finite, an unknown kind, beta outside
-    (0, 1) with "js", and temperature, denominator or chunk not above 0.
+    Raises ValueError on shapes that differ, an unknown kind, and beta outside (0, 1) with "js".
     """
-    _check_tokens(student_hidden_AD, teacher_hidden_AE, weights_A, kind, beta, temperature, denominator, chunk)
-    weights_A = student_hidden_AD.new_ones(len(student_hidden_AD)) if weights_A is None else weights_A
-
-    def one_chunk(student_hidden, teacher_hidden, weights):
-        with torch.no_grad():
-            teacher_logits = _at_least_float32(teacher_head(teacher_hidden))
-        student_logits = _at_least_float32(student_head(student_hidden))
-        V = min(student_logits.shape[-1], teacher_logits.shape[-1])
-        log_p = torch.log_softmax(teacher_logits[:, :V] / temperature, -1)
-        log_q = torch.log_softmax(student_logits[:, :V] / temperature, -1)
-        return (_divergence(log_q, log_p, kind, beta) * weights.to(log_q.dtype)).sum()
-
-    chunks = zip(student_hidden_AD.split(chunk), teacher_hidden_AE.split(chunk), weights_A.split(chunk), strict=True)
-    total = sum(checkpoint(one_chunk, *tensors, use_reentrant=False) for tensors in chunks)
+    if len(student_hidden_AD) != len(teacher_hidden_AE):
+        raise ValueError(
+            f"hidden states have shapes {tuple(student_hidden_AD.shape)} and "
+            f"{tuple(teacher_hidden_AE.shape)}; give [A, D] and [A, E] with the same A"
+        )
+    if kind not in TOKEN_LOSSES:
+        raise ValueError(f'kind is {kind!r}; give "forward", "reverse" or "js"')
+    if kind == "js" and not 0 < beta < 1:
+        raise ValueError(f'beta is {beta}; give 0 < beta < 1, or "forward" for 0, "reverse" for 1')
+    if weights_A is None:
+        weights_A = student_hidden_AD.new_ones(len(student_hidden_AD))
+    if weights_A.shape != student_hidden_AD.shape[:1]:
+        raise ValueError(
+            f"weights_A has shape {tuple(weights_A.shape)}; give one weight a position"
+        )
+    if denominator is None:
+        denominator = float(_at_least_float32(weights_A).sum())
+    total = 0.0
+    chunks = (x.split(chunk) for x in (student_hidden_AD, teacher_hidden_AE, weights_A))
+    for student_hidden, teacher_hidden, weights in zip(*chunks, strict=True):
+        total = total + checkpoint(
+            _chunk_divergence,
+            student_hidden,
+            student_head,
+            teacher_hidden,
+            teacher_head,
+            weights,
+            kind,
+            beta,
+            temperature,
+            use_reentrant=False,
+        )
     # All weights 0: the total is 0 too, and so is the loss.
-    denominator = float(_at_least_float32(weights_A).sum() if denominator is None else denominator) or 1.0
-    return temperature**2 * total / denominator
+    return temperature**2 * total / (denominator or 1.0)
 
 
-# Settings and data ----------------------------------------------------------------------------------------------------
+def _chunk_divergence(
+    student_hidden_CD,
+    student_head,
+    teacher_hidden_CE,
+    teacher_head,
+    weights_C,
+    kind,
+    beta,
+    temperature,
+):
+    """Weighted sum of the divergences at some positions."""
+    with torch.no_grad():
+        teacher_logits_CV = _at_least_float32(teacher_head(teacher_hidden_CE))
+    student_logits_CV = _at_least_float32(student_head(student_hidden_CD))
+    V = min(student_logits_CV.shape[-1], teacher_logits_CV.shape[-1])
+    log_p_CV = torch.log_softmax(teacher_logits_CV[:, :V] / temperature, -1)
+    log_q_CV = torch.log_softmax(student_logits_CV[:, :V] / temperature, -1)
+    divergence_C = _divergence(log_q_CV, log_p_CV, kind, beta)
+    return (divergence_C * weights_C.to(log_q_CV.dtype)).sum()
+
+
+# Settings and data --------------------------------------------------------------------------------
 
 
 @dataclass
 class Config:
-    """All settings of a distillation. TASK/distill.json may hold others; the command line wins over both."""
+    """Settings of a distillation. TASK/distill.json may hold others; the command line wins."""
 
-    teacher: str = setting("runs/notes/model", "the teacher's model folder, as train.py writes it")
+    teacher: str = setting("runs/notes/model", "the teacher's folder, as train.py writes it")
     task: str = setting("data/notes", "task folder: criteria.md, train.jsonl, test*.jsonl")
-    student: str = setting("", "student's model folder, with or without weights (default: TASK/student)")
+    student: str = setting("", "student's model folder, with or without weights (TASK/student)")
     out: str = setting("runs/student", "folder for everything that the run writes")
-    cache: str = setting("", "folder of the teacher's label distributions, for all students (default: TEACHER-labels)")
-    pairs: str = setting("train.jsonl,sft.jsonl", "files of TASK to learn from; a pair needs no label")
-    labelled: int = setting(-1, "use the gold labels of the first so many pairs only (-1: all)")
-    seed: int = setting(0, "seeds fresh weights, the order of the pairs and on-policy samples")
+    cache: str = setting(
+        "", "folder of the teacher's distributions, for all students (TEACHER-labels)"
+    )
+    pairs: str = setting("train.jsonl,sft.jsonl", "files of TASK to learn from, labelled or not")
+    labelled: int = setting(-1, "use the gold labels of the first so many pairs (-1: all)", min=-1)
+    seed: int = setting(0, "seeds fresh weights, the order of pairs, on-policy samples", min=0)
     # teacher
-    samples: int = setting(4, "reasonings of the teacher for each pair")
-    sampling_temperature: float = setting(1.0, "temperature of these reasonings")
-    max_new_tokens: int = setting(512, "longest reasoning, in tokens")
-    cache_tokens: int = setting(131072, "token budget of the key-value cache when sampling")
-    max_tokens: int = setting(32768, "token budget of one forward pass, of teacher and student")
+    samples: int = setting(4, "reasonings of the teacher for each pair", min=1)
+    sampling_temperature: float = setting(1.0, "temperature of these reasonings", above=0)
+    max_new_tokens: int = setting(512, "longest reasoning, in tokens", min=1)
+    cache_tokens: int = setting(131072, "token budget of the key-value cache in sampling", min=1)
+    max_tokens: int = setting(32768, "token budget of one forward pass", min=1)
     # student
     loss: Literal["label", "gold", "forward", "reverse", "js"] = setting(
-        "label", "label: KL on label logits; gold: labelled pairs alone, no teacher; forward, reverse, js: on every token"
+        "label", "label: KL on label logits; gold: labels, no teacher; the others: on every token"
     )
-    on_policy: bool = setting(False, "token losses on the student's own samples instead of the teacher's reasonings")
-    temperature: float = setting(1.0, "temperature of teacher and student in the loss")
-    gold_weight: float = setting(0.1, "share of the gold label's cross-entropy where a pair has a label")
-    beta: float = setting(0.5, "of js: between forward (0) and reverse (1)")
-    input: Literal["pair", "prompt"] = setting("pair", "what a classifier reads: query and document, or the task's prompt")
-    max_length: int = setting(512, "a classifier's longest input, in tokens")
-    steps: int = setting(2000, "optimizer steps")
-    batch: int = setting(64, "pairs a step")
-    lr: float = setting(5e-5, "peak learning rate: warm-up over 5 % of the steps, then cosine to 0")
-    weight_decay: float = setting(0.01, "AdamW's weight decay")
-    save_every: int = setting(500, "save a checkpoint every so many steps (0: only when stopped)")
+    on_policy: bool = setting(False, "token losses on the student's own samples")
+    temperature: float = setting(1.0, "temperature of teacher and student in the loss", above=0)
+    gold_weight: float = setting(0.1, "weight of the gold label, where there is one", min=0, max=1)
+    beta: float = setting(0.5, "of js: between forward (0) and reverse (1)", above=0, below=1)
+    input: Literal["pair", "prompt"] = setting(
+        "pair", "what a classifier reads: query and document, or the task's prompt"
+    )
+    max_length: int = setting(512, "a classifier's longest input, in tokens", min=1)
+    steps: int = setting(2000, "optimizer steps", min=1)
+    batch: int = setting(64, "pairs a step", min=1)
+    lr: float = setting(5e-5, "peak learning rate: 5 % warm-up, then cosine to 0", above=0)
+    weight_decay: float = setting(0.01, "AdamW's weight decay", min=0)
+    save_every: int = setting(500, "save every so many steps (0: only when stopped)", min=0)
+
+
+FREE = (
+    "out",
+    "max_tokens",
+    "cache_tokens",
+    "save_every",
+)  # may change when a run is taken up again
 
 
 def parse_config(argv=None):
-    """Command line over TASK/distill.json over defaults. Raises grm.TaskError for what is unknown or impossible."""
-    config, task = grm.parse_settings(Config, "distill.json", __doc__.split("\n")[0], argv)
-    config.student = config.student or str(task / "student")
+    """Command line over TASK/distill.json over defaults. Raises grm.TaskError for impossible ones."""
+    config = grm.parse_settings(Config, "distill.json", __doc__.partition("\n")[0], argv)
+    config.student = config.student or str(Path(config.task) / "student")
     config.cache = config.cache or config.teacher.rstrip("/") + "-labels"
-    for name in ("samples", "max_new_tokens", "cache_tokens", "max_tokens", "max_length", "steps", "batch"):
-        if getattr(config, name) < 1:
-            raise grm.TaskError(f"--{name} {getattr(config, name)}: must be at least 1")
-    for name in ("lr", "temperature", "sampling_temperature"):
-        if not 0 < getattr(config, name) < math.inf:
-            raise grm.TaskError(f"--{name} {getattr(config, name)}: must be positive and finite")
-    if not 0 <= config.gold_weight <= 1:
-        raise grm.TaskError(f"--gold_weight {config.gold_weight}: must be from 0 to 1")
-    if not 0 < config.beta < 1:
-        raise grm.TaskError(f"--beta {config.beta}: must be between 0 and 1; --loss forward is 0, reverse is 1")
-    if config.on_policy and config.loss in ("label", "gold"):
-        raise grm.TaskError(f"--on_policy: the {config.loss} loss has no samples; choose --loss forward, reverse or js")
-    for name in ("seed", "save_every"):
-        if getattr(config, name) < 0:
-            raise grm.TaskError(f"--{name} {getattr(config, name)}: must be at least 0")
-    if config.labelled < -1:
-        raise grm.TaskError(f"--labelled {config.labelled}: must be at least 0, or -1 for all")
-    for name in ("teacher", "student") if config.loss != "gold" else ("student",):
-        value = getattr(config, name)
-        if not Path(value).is_dir() and (value.startswith((".", "/")) or value.count("/") != 1):
-            raise grm.TaskError(f"--{name} {value}: no such folder; train.py writes the teacher's (OUT/model)")
-    for name in ("out", "cache"):
-        if Path(getattr(config, name)).exists() and not Path(getattr(config, name)).is_dir():
-            raise grm.TaskError(f"--{name} {getattr(config, name)}: not a folder")
-    # what a run that was stopped has written
-    if Path(config.out).is_dir() and {path.name for path in Path(config.out).iterdir()} - {"metrics.jsonl", "checkpoints"}:
-        raise grm.TaskError(f"--out {config.out}: exists; choose another folder, or delete it")
+    if config.on_policy and config.loss not in TOKEN_LOSSES:
+        raise grm.TaskError(
+            f"--on_policy: the {config.loss} loss has no samples; "
+            "choose --loss forward, reverse or js"
+        )
+    folders = {"student": config.student}
+    if config.loss != "gold":
+        folders["teacher"] = config.teacher
+    for name, folder in folders.items():
+        is_path = folder.startswith((".", "/")) or folder.count("/") != 1
+        if not Path(folder).is_dir() and is_path:
+            raise grm.TaskError(
+                f"--{name} {folder}: no such folder; train.py writes the teacher's (OUT/model)"
+            )
+    if Path(config.cache).exists() and not Path(config.cache).is_dir():
+        raise grm.TaskError(f"--cache {config.cache}: not a folder")
     return config
 
 
-def make_folder(name, folder):
-    """Create a folder that a setting names; grm.TaskError where that cannot be."""
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise grm.TaskError(f"--{name} {folder}: {error.strerror}") from None
-
-
 def read_pairs(config, task):
-    """The pairs to learn from, each with `gold`: the index of its label, or UNLABELLED; and the test sets, by name."""
-    folder, records = Path(config.task), []
+    """(pairs to learn from, test sets by name). A pair's `gold`: its label's index, or UNLABELLED."""
+    folder = Path(config.task)
+    pairs = []
     for name in config.pairs.split(","):
-        records += task.read(folder / name.strip(), fields=())
-    for i, record in enumerate(records):
-        known = "label" in record and (config.labelled < 0 or i < config.labelled)
-        record["gold"] = task.labels.index(record["label"]) if known else UNLABELLED
+        pairs += task.read(folder / name.strip(), required=())
+    for i, pair in enumerate(pairs):
+        pair["gold"] = UNLABELLED
+        if "label" in pair and (config.labelled < 0 or i < config.labelled):
+            pair["gold"] = task.labels.index(pair["label"])
     tests = {path.stem: task.read(path) for path in sorted(folder.glob("test*.jsonl"))}
     if not tests:
         raise grm.TaskError(f"{folder}: holds no test*.jsonl to evaluate on")
     if config.loss == "gold":
-        records = [record for record in records if record["gold"] != UNLABELLED]
-        if not records:
+        pairs = [pair for pair in pairs if pair["gold"] != UNLABELLED]
+        if not pairs:
             raise grm.TaskError("--loss gold: no pair has a label")
-    return records, tests
+    return pairs, tests
 
 
-# Stage 1: what the teacher thinks -------------------------------------------------------------------------------------
-
-SHARD = 512  # pairs in a file of the cache: what a stopped run loses at most
+# Stage 1: what the teacher thinks -----------------------------------------------------------------
 
 
 class Teacher:
-    """The teacher's model (whole on each rank; bf16 on CUDA), its tokens, and its cache of label distributions."""
+    """The teacher's model, whole on each rank, bf16 on CUDA, and what it says of pairs."""
 
     def __init__(self, config, task, ranks):
-        self.config, self.ranks = config, ranks
+        self.config = config
         task.check_model(config.teacher)
         dtype = torch.bfloat16 if ranks.device.type == "cuda" else torch.float32
-        self.model, self.tokenizer = grm.load_model(config.teacher, dtype=dtype)
+        self.model, tokenizer = grm.load_model(config.teacher, ranks.device, dtype)
         rollout.use_tree_attention(self.model)
-        room = self.model.config.max_position_embeddings - config.max_new_tokens - 16
-        self.tokens = grm.TokenTask(task, self.tokenizer, room)
-        budgets = (config.max_new_tokens, config.max_tokens, config.cache_tokens)
-        self.engine = rollout.TreeEngine(self.model, self.tokens.eos_id, *budgets)
+        context = self.model.config.max_position_embeddings
+        self.renderer = grm.Renderer(task, tokenizer, context, config.max_new_tokens)
+        self.engine = make_engine(self.model, self.renderer, config)
 
-    def labels(self, records):
-        """(probs_NY float32, traces) of all records, from the cache as far as it goes. traces: for each record the list of
-        its well-formed reasonings (ids). A pair without any has probabilities 0. Raises grm.TaskError for a stale cache,
-        and if more than half of the reasonings are malformed."""
-        folder, count, ranks = Path(self.config.cache), len(records), self.ranks
-        if ranks.rank == 0:
-            self._check_cache(folder, records)
-        ranks.wait()
-        prompts = self.tokens.prompts(records)
-        try:
-            rollout.fit_rows(prompts, self.config.samples, self.config.max_new_tokens, self.config.cache_tokens)
-        except ValueError as error:
-            raise grm.TaskError(f"--{error}") from None
-        file_of = lambda start: folder / f"labels-{start // SHARD:05d}.safetensors"
-        quiet, mine = True if ranks.rank else None, range(ranks.rank * SHARD, count, ranks.world * SHARD)
-        kept = asked = 0
-        for start in tqdm(mine, desc="teacher", unit=f" x {SHARD} pairs", disable=quiet, dynamic_ncols=True):
-            file = file_of(start)
-            if not file.exists():
-                save_file(self._judge(prompts[start : start + SHARD], start), f"{file}.tmp")
-                os.replace(f"{file}.tmp", file)
-            lengths_NM = load_file(file)["lengths_NM"]
-            kept, asked = kept + int((lengths_NM > 0).sum()), asked + lengths_NM.numel()
-            if kept < 0.5 * asked:
-                raise grm.TaskError(
-                    f"{self.config.teacher}: {1 - kept / asked:.0%} of {asked} answers are malformed; is it trained for this "
-                    "task's format, and --max_new_tokens long enough?"
-                )
-        ranks.wait()
-        probs, traces = [], []
-        for start in range(0, count, SHARD):
-            shard = load_file(file_of(start))
-            probs.append(shard["probs_NY"])
-            flat, at = shard["ids"].tolist(), 0
-            for lengths_M in shard["lengths_NM"].tolist():
-                ends = np.cumsum([at, *lengths_M]).tolist()
-                traces.append([flat[a:b] for a, b in itertools.pairwise(ends) if b > a])
-                at = ends[-1]
-        return torch.cat(probs), traces
-
-    def _check_cache(self, folder, records):
-        """A new cache gets its index; one of anything else is refused."""
-        index = {"hash": self._hash(records), "pairs": len(records), "shard": SHARD, "labels": self.tokens.task.labels}
-        path = folder / "index.json"
-        if path.exists() and json.loads(path.read_text(encoding="utf-8")) != index:
-            raise grm.TaskError(
-                f"--cache {folder}: is stale (another teacher, task, list of pairs or sampling); delete it, or choose another"
-            )
-        if not path.exists():
-            make_folder("cache", folder)
-            path.write_text(json.dumps(index) + "\n", encoding="utf-8")
-
-    def _hash(self, records):
-        """Of all that the distributions depend on."""
-        c, digest = self.config, hashlib.sha256()
-        reasons = self.tokens.task.format == "reason-first" or c.loss != "label"
-        settings = (c.samples, c.sampling_temperature, c.max_new_tokens) if reasons else ()
-        digest.update(json.dumps([self.tokens.task.criteria, self.tokens.task.format, settings]).encode())
-        for path in sorted(p for p in Path(c.teacher).glob("*") if p.suffix in (".safetensors", ".json", ".jinja")):
-            with open(path, "rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-        for record in records:
-            digest.update(json.dumps([record["query"], record["document"]]).encode())
-        return digest.hexdigest()
+    def predict(self, pairs):
+        """Its predictions, as grm.metrics takes them: greedy, after its own reasoning."""
+        return grm.judge(self.renderer, self.engine, pairs, explain=False)
 
     @torch.no_grad()
-    def _judge(self, prompts, first):
-        """A shard: {"probs_NY": mean distributions, "ids": all well-formed reasonings end to end, "lengths_NM": 0 where
-        malformed}. An answer-first teacher does not reason before its label: one prefill, no samples."""
-        tokens, M = self.tokens, self.config.samples
-        if tokens.task.format == "answer-first" and self.config.loss == "label":
-            logits_NY = self.engine.label_logits([prompt + tokens.opening for prompt in prompts], tokens.label_ids)
-            one = torch.ones(len(prompts), dtype=torch.int32)  # stands for a reasoning that was not needed
-            return {"probs_NY": logits_NY.softmax(-1), "ids": one, "lengths_NM": one[:, None].clone()}
+    def grade(self, prompts, first_row):
+        """Label distributions of prompts, each averaged over its well-formed reasonings.
+
+        Returns tensors: probs_NY, zeros where all reasonings are malformed; lengths_NM, tokens of
+        each reasoning, 0 if malformed; ids, the well-formed ones end to end.
+        """
+        config = self.config
+        renderer = self.renderer
+        answer_first = renderer.task.format == "answer-first"
+        if answer_first and config.loss == "label":
+            # No reasoning before the label: one forward pass, no samples.
+            logits_NY = self.engine.label_logits([p + renderer.opening for p in prompts])
+            one = torch.ones(len(prompts), dtype=torch.int32)  # stands for a reasoning
+            return {
+                "probs_NY": logits_NY.softmax(-1),
+                "ids": one,
+                "lengths_NM": one[:, None].clone(),
+            }
         sampled = rollout.sample(
-            self.model, prompts, group_size=M, max_new_tokens=self.config.max_new_tokens, eos_id=tokens.eos_id,
-            temperature=self.config.sampling_temperature, first_row=first * M,  # seed 0: all students share them
-            cache_tokens=self.config.cache_tokens,
-        )  # fmt: skip
-        kept, cut, lengths = [], [], []
-        for group in sampled.answers():
-            traces = [tokens.parse(answer) for answer in group]
-            at = 0 if tokens.task.format == "answer-first" else -1
-            good = [t.problem is None and t.steps[at].label_at is not None for t in traces]
-            lengths.append([len(a) * ok for a, ok in zip(group, good, strict=True)])
-            kept += [token for a, ok in zip(group, good, strict=True) if ok for token in a]
-            cut.append([a[: t.steps[at].label_at + 1] for a, t, ok in zip(group, traces, good, strict=True) if ok])
-        probs_NY = torch.zeros(len(prompts), len(tokens.label_ids))
-        usable = [i for i, group in enumerate(cut) if group]
-        chosen, answers = [prompts[i] for i in usable], [cut[i] for i in usable]
-        for part in rollout.micro_batches(chosen, answers, self.config.max_tokens) if usable else ():
-            tree = rollout.Tree(chosen[part], answers[part], self.model.device)
-            last_N = tree.lengths_N.cumsum(0) - 1  # the position that predicts each answer's label
-            hidden_ND = rollout.answer_hidden(self.model, tree)[last_N]
-            logits_NY = rollout.logits_of(self.model.get_output_embeddings(), hidden_ND, tokens.label_ids)
-            rows = logits_NY.softmax(-1).cpu().split([len(group) for group in answers[part]])
-            for i, probs_MY in zip(usable[part], rows, strict=True):
-                probs_NY[i] = probs_MY.mean(0)
-        as_tensor = lambda values: torch.tensor(values, dtype=torch.int32)
-        return {"probs_NY": probs_NY, "ids": as_tensor(kept), "lengths_NM": as_tensor(lengths)}
-
-    def predict(self, records):
-        """Its judgements, as grm.metrics takes them: greedy, after its own reasoning."""
-        return grm.judge(self.tokens, self.engine, records, explain=False)
-
-
-# Stage 2: the student -------------------------------------------------------------------------------------------------
-
-
-class Student:
-    """What the two kinds have in common. model: in training, sharded over several ranks (compute losses through `call`, as
-    Ranks.shard says); after `finish`, whole."""
-
-    reasons, tokenizer = False, None
-
-    def __init__(self, config, task, ranks):
-        self.config, self.task, self.ranks = config, task, ranks
-        self.half = ranks.device.type == "cuda"
-        self.model, self.call = ranks.shard(self.load, self.half)
-
-    def whole(self):
-        """The model as each rank needs it to sample from or to save; every rank must call it."""
-        return self.ranks.whole(self.load, self.model, self.half)
-
-    def finish(self):
-        """Training is over: from now on, judge with the whole model. Every rank must call it."""
-        self.model = self.whole().eval()
-
-    def predict(self, records):
-        """Its judgements, as grm.metrics takes them."""
-        encoded = self.encode(records)
-        with torch.no_grad():
-            logits = [self.label_logits(encoded[part]) for part in self.micro_batches(encoded)]
-        return as_predictions(self.task, torch.cat(logits))
-
-    def save(self, out):
-        """OUT/model."""
-        self.model.save_pretrained(out / "model")
-        self.tokenizer.save_pretrained(out / "model")
-
-
-class CausalStudent(Student):
-    """A decoder-only model that gives the label first: behind the prompt and "\\boxed{", one prefill, no reasoning. With a
-    token loss it is a small copy of the teacher instead, and reasons in the task's own format."""
-
-    def __init__(self, config, task, ranks):
-        super().__init__(config, task, ranks)
-        self.reasons, self.tokenizer = config.loss in ("forward", "reverse", "js"), grm.load_model(config.student, "meta")[1]
-        room = self.model.config.max_position_embeddings - config.max_new_tokens * self.reasons - 16
-        self.tokens = grm.TokenTask(task, self.tokenizer, room)
-
-    def load(self, device):
-        """The student on a device, with fresh weights if its folder has none."""
-        return rollout.use_tree_attention(grm.load_model(self.config.student, device, seed=self.config.seed)[0])
-
-    def encode(self, records):
-        """Ids that label_logits reads."""
-        return [prompt + self.tokens.opening for prompt in self.tokens.prompts(records)]
-
-    def micro_batches(self, encoded):
-        """Slices of at most max_tokens tokens."""
-        return rollout.micro_batches(encoded, [[[0]]] * len(encoded), self.config.max_tokens) if encoded else []
-
-    def label_logits(self, encoded):
-        """float32 [N, Y]."""
-        tree = rollout.Tree(encoded, [[[self.tokens.label_ids[0]]]] * len(encoded), self.model.device)
-        hidden_ND = rollout.answer_hidden(self.model, tree)
-        return rollout.logits_of(self.model.get_output_embeddings(), hidden_ND, self.tokens.label_ids)
-
-    def predict(self, records):
-        """Its judgements, as grm.metrics takes them."""
-        if not self.reasons:
-            return super().predict(records)
-        c = self.config
-        engine = rollout.TreeEngine(self.model, self.tokens.eos_id, c.max_new_tokens, c.max_tokens, c.cache_tokens)
-        return grm.judge(self.tokens, engine, records, explain=False)
-
-    def save(self, out):
-        """OUT/model, with the criteria in the student's form: grm.py needs nothing else."""
-        super().save(out)
-        form = {} if self.reasons else {"steps": [], "format": "answer-first"}
-        replace(self.task, **form).save(out / "model")
-
-
-class ClassifierStudent(Student):
-    """An AutoModelForSequenceClassification over query and document as a text pair, or over the task's prompt. As a text
-    pair, its folder is what sentence-transformers' CrossEncoder and transformers' pipeline load."""
-
-    def __init__(self, config, task, ranks):
-        folder = Path(config.student)
-        self.trained = bool(list(folder.glob("*.safetensors"))) or not folder.is_dir()
-        if not self.trained and (list(folder.glob("*.bin")) or list(folder.glob("*.pt"))):
-            raise grm.TaskError(f"--student {folder}: only pickled weights, which are not loaded; convert to safetensors")
-        try:
-            self.model_config = AutoConfig.from_pretrained(config.student, trust_remote_code=False)
-            self.tokenizer = AutoTokenizer.from_pretrained(config.student, trust_remote_code=False)
-            names = dict(enumerate(task.labels))
-            if self.trained and "ForSequenceClassification" in str(self.model_config.architectures):
-                names = {i: str(name) for i, name in self.model_config.id2label.items()}
-                if missing := [label for label in task.labels if label not in names.values()]:
-                    raise grm.TaskError(
-                        f"--student {folder}: its classifier has no label {', '.join(missing)} (it has "
-                        f"{', '.join(names.values())}); name the labels in its config.json, or start from the model without one"
-                    )
-            self.model_config.id2label, self.model_config.label2id = names, {label: i for i, label in names.items()}
-            super().__init__(config, task, ranks)
-        except (OSError, ValueError, KeyError) as error:
-            if isinstance(error, grm.TaskError):
-                raise
-            raise grm.TaskError(f"--student {folder}: cannot be loaded: {str(error).splitlines()[0]}") from error
-        self.order = [self.model_config.label2id[label] for label in task.labels]
-        self.length = min(config.max_length, getattr(self.model_config, "max_position_embeddings", config.max_length))
-        try:
-            self.tokens = grm.TokenTask(task, self.tokenizer, self.length) if config.input == "prompt" else None
-        except grm.TaskError as error:
-            raise grm.TaskError(f"--input prompt, --student {folder}: {error}") from None
-
-    def load(self, device):
-        """The student on a device, with fresh weights (of the classifier alone) if its folder has none."""
-        torch.manual_seed(self.config.seed)
-        kind, settings = AutoModelForSequenceClassification, {"trust_remote_code": False, "dtype": torch.float32}
-        with torch.device(device) if str(device) == "meta" else contextlib.nullcontext():
-            if self.trained and str(device) != "meta":
-                folder, config = self.config.student, self.model_config
-                model = kind.from_pretrained(folder, config=config, use_safetensors=True, **settings)
-            else:
-                model = kind.from_config(self.model_config, **settings)
-        return model.to(device)
-
-    def encode(self, records):
-        """What label_logits reads: a dict of lists for each pair."""
-        if self.tokens:
-            return [{"input_ids": ids} for ids in self.tokens.prompts(records)]
-        queries, documents = [r["query"] for r in records], [r["document"] for r in records]
-        settings = {"truncation": "only_second", "max_length": self.length, "split_special_tokens": True}
-        batch = self.tokenizer(queries, documents, **settings)
-        return [{name: batch[name][i] for name in batch} for i in range(len(records))]
-
-    def micro_batches(self, encoded):
-        """Slices of at most max_tokens tokens, padding counted: as if all were as long as the longest."""
-        longest = max((len(pair["input_ids"]) for pair in encoded), default=1)
-        size = max(1, self.config.max_tokens // longest)
-        return [slice(start, start + size) for start in range(0, len(encoded), size)]
-
-    def label_logits(self, encoded):
-        """float32 [N, Y], in the order of the task's labels."""
-        batch = self.tokenizer.pad(encoded, return_tensors="pt").to(self.model.device)
-        return self.model(**batch).logits[:, self.order].float()
-
-
-def as_predictions(task, logits_NY):
-    """Judgements from label logits, as grm.metrics takes them."""
-    probs_NY = torch.softmax(logits_NY, -1).double().cpu().numpy()
-    return [
-        {
-            "label": task.labels[int(row.argmax())],
-            "grade": float(task.grade(row)),
-            "probs": dict(zip(task.labels, row, strict=True)),
+            self.model,
+            prompts,
+            group_size=config.samples,
+            max_new_tokens=config.max_new_tokens,
+            eos_id=renderer.eos_id,
+            temperature=config.sampling_temperature,
+            first_row=first_row,  # of seed 0: all students share them
+            label_ids=renderer.label_ids,
+            cache_tokens=config.cache_tokens,
+        )
+        probs_AY = sampled.label_logits_AY.softmax(-1).cpu()
+        probs_NY = torch.zeros(len(prompts), len(renderer.label_ids))
+        lengths_NM = torch.zeros(len(prompts), config.samples, dtype=torch.int32)
+        ids = []
+        first = 0  # of the answer: its first packed token
+        for n, group in enumerate(sampled.answers):
+            for m, answer in enumerate(group):
+                steps = renderer.parse(answer).steps
+                label_at = steps[0 if answer_first else -1].label_at if steps else None
+                if label_at is not None:
+                    probs_NY[n] += probs_AY[first + label_at]
+                    lengths_NM[n, m] = len(answer)
+                    ids += answer
+                first += len(answer)
+        well_formed_N1 = (lengths_NM > 0).sum(1, keepdim=True)
+        probs_NY /= well_formed_N1.clamp(min=1)
+        return {
+            "probs_NY": probs_NY,
+            "ids": torch.tensor(ids, dtype=torch.int32),
+            "lengths_NM": lengths_NM,
         }
-        for row in probs_NY
-    ]
 
 
-def make_student(config, task, ranks):
-    """The student of a folder: a causal model if its config says so, else a classifier."""
-    folder = Path(config.student)
-    if folder.exists() and not (folder / "config.json").is_file():
-        raise grm.TaskError(f"--student {folder}: no config.json")
+class Cache:
+    """What a teacher says of pairs: a folder of safetensors, SHARD pairs a file, with an index.
+
+    key: JSON, of all that the distributions depend on. Raises grm.TaskError for a cache of another.
+    """
+
+    SHARD = 512  # what a stopped run loses at most
+
+    def __init__(self, folder, key):
+        self.folder = Path(folder)
+        index = self.folder / "index.json"
+        if not index.exists():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            index.write_text(json.dumps(key) + "\n", encoding="utf-8")
+        elif json.loads(index.read_text(encoding="utf-8")) != key:
+            raise grm.TaskError(
+                f"--cache {folder}: is stale (another teacher, task, list of pairs or sampling); "
+                "delete it, or choose another"
+            )
+
+    def path(self, shard):
+        """The file of a shard, by its number."""
+        return self.folder / f"labels-{shard:05d}.safetensors"
+
+    def save(self, shard, tensors):
+        """Write a shard: whole, or not at all."""
+        temporary = f"{self.path(shard)}.tmp"
+        save_file(tensors, temporary)
+        os.replace(temporary, self.path(shard))
+
+    def load(self, shard):
+        """(probs_NY, reasonings) of a shard; reasonings: well-formed ones, lists of ids, by pair."""
+        tensors = load_file(self.path(shard))
+        ids = iter(tensors["ids"].tolist())
+        reasonings = []
+        for lengths_M in tensors["lengths_NM"].tolist():
+            reasonings.append([list(itertools.islice(ids, n)) for n in lengths_M if n])
+        return tensors["probs_NY"], reasonings
+
+
+def ask_teacher(teacher, cache, prompts, ranks):
+    """Fill the cache where it lacks shards; each rank asks for its own.
+
+    Raises grm.TaskError if more than half of the reasonings are malformed.
+    """
+    asked = well_formed = 0
+    shards = range(ranks.rank, math.ceil(len(prompts) / cache.SHARD), ranks.world)
+    quiet = True if ranks.rank else None
+    for shard in tqdm(shards, desc="teacher", unit=f" x {cache.SHARD} pairs", disable=quiet):
+        if cache.path(shard).exists():
+            continue
+        first = shard * cache.SHARD
+        mine = prompts[first : first + cache.SHARD]
+        tensors = teacher.grade(mine, first * teacher.config.samples)
+        cache.save(shard, tensors)
+        asked += tensors["lengths_NM"].numel()
+        well_formed += int((tensors["lengths_NM"] > 0).sum())
+        if well_formed < 0.5 * asked:
+            malformed = 1 - well_formed / asked
+            raise grm.TaskError(
+                f"{teacher.config.teacher}: {malformed:.0%} of {asked} answers are malformed; is it "
+                "trained for this task's format, and --max_new_tokens long enough?"
+            )
+    ranks.barrier()
+
+
+def teach(teacher, pairs, teacher_hash, ranks):
+    """Give each pair what the teacher thinks, from the cache as far as it goes.
+
+    `probs`: its label distribution, a list; `reasonings`: lists of ids. Returns the pairs of which
+    at least one reasoning is well-formed.
+    """
+    config = teacher.config
+    prompts = teacher.renderer.prompts(pairs)
     try:
-        architectures = AutoConfig.from_pretrained(config.student, trust_remote_code=False).architectures or []
-    except (OSError, ValueError) as error:
-        raise grm.TaskError(f"--student {config.student}: {str(error).splitlines()[0]}") from None
-    causal = any(name.endswith("ForCausalLM") for name in architectures)
-    if not causal and config.loss in ("forward", "reverse", "js"):
-        raise grm.TaskError(f"--loss {config.loss}: compares tokens, and {config.student} is a classifier; use --loss label")
-    return (CausalStudent if causal else ClassifierStudent)(config, task, ranks)
+        rollout.fit_rows(prompts, config.samples, config.max_new_tokens, config.cache_tokens)
+    except ValueError as error:
+        raise grm.TaskError(f"--{error}") from None
+    texts = json.dumps([[pair["query"], pair["document"]] for pair in pairs])
+    key = {
+        "teacher": teacher_hash,
+        "criteria": teacher.renderer.task.criteria,
+        "pairs": hashlib.sha256(texts.encode()).hexdigest(),
+        "shard": Cache.SHARD,
+    }
+    if teacher.renderer.task.format == "reason-first" or config.loss in TOKEN_LOSSES:
+        key["sampling"] = [config.samples, config.sampling_temperature, config.max_new_tokens]
+    if ranks.rank == 0:
+        Cache(config.cache, key)
+    ranks.barrier()
+    cache = Cache(config.cache, key)
+    ask_teacher(teacher, cache, prompts, ranks)
+    for first in range(0, len(pairs), cache.SHARD):
+        probs_NY, reasonings = cache.load(first // cache.SHARD)
+        for pair, probs_Y, own in zip(pairs[first:], probs_NY.tolist(), reasonings, strict=False):
+            pair["probs"] = probs_Y
+            pair["reasonings"] = own
+    return [pair for pair in pairs if pair["reasonings"]]
+
+
+# Stage 2: the student -----------------------------------------------------------------------------
+
+
+class LabelStudent(torch.nn.Module):
+    """A student that gives a distribution over the labels, and no reasoning.
+
+    Called with pairs, it gives their loss. `label_logits` of pairs is its kinds' own.
+    """
+
+    def forward(self, pairs, num_pairs):
+        """The loss of pairs, as their part of the mean over num_pairs, those of all ranks."""
+        config = self.config
+        logits_NY = self.label_logits(pairs)
+        device = logits_NY.device
+        gold_N = torch.tensor([pair["gold"] for pair in pairs], dtype=torch.long, device=device)
+        if config.loss == "gold":
+            return F.cross_entropy(logits_NY, gold_N, reduction="sum") / num_pairs
+        probs_NY = logits_NY.new_tensor([pair["probs"] for pair in pairs]).view_as(logits_NY)
+        loss = label_kd_loss(logits_NY, probs_NY, gold_N, config.temperature, config.gold_weight)
+        return loss * len(pairs) / num_pairs
+
+    def weight(self, pairs):
+        """What the loss is averaged over: the pairs."""
+        return len(pairs)
+
+    @torch.no_grad()
+    def predict(self, pairs):
+        """Its predictions, as grm.metrics takes them."""
+        self.encode(pairs)
+        logits = [self.label_logits(pairs[part]) for part in self.micro_batches(pairs)]
+        return grm.predictions_of(self.task, torch.cat(logits))
+
+    def save(self, folder):
+        """Write model and tokenizer."""
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+
+class ClassifierStudent(LabelStudent):
+    """An AutoModelForSequenceClassification over query and document, or over the task's prompt.
+
+    As a text pair, its folder is what sentence-transformers' CrossEncoder and transformers'
+    pipeline load.
+    """
+
+    def __init__(self, config, task, device):
+        super().__init__()
+        self.config = config
+        self.task = task
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(config.student, trust_remote_code=False)
+            self.model = load_classifier(config, task, device)
+        except grm.TaskError:
+            raise
+        except (OSError, ValueError, KeyError) as error:
+            first_line = str(error).partition("\n")[0]
+            raise grm.TaskError(
+                f"--student {config.student}: cannot be loaded: {first_line}"
+            ) from None
+        names = self.model.config.label2id
+        self.order = [names[label] for label in task.labels]
+        context = getattr(self.model.config, "max_position_embeddings", config.max_length)
+        self.max_length = min(config.max_length, context)
+        self.renderer = None
+        if config.input == "prompt":
+            try:
+                self.renderer = grm.Renderer(task, self.tokenizer, self.max_length)
+            except grm.TaskError as error:
+                raise grm.TaskError(
+                    f"--input prompt, --student {config.student}: {error}"
+                ) from None
+
+    def encode(self, pairs):
+        """Give each pair `encoded`: what the tokenizer makes of it, a dict of lists."""
+        if self.renderer:
+            for pair, ids in zip(pairs, self.renderer.prompts(pairs), strict=True):
+                pair["encoded"] = {"input_ids": ids}
+            return
+        batch = self.tokenizer(
+            [pair["query"] for pair in pairs],
+            [pair["document"] for pair in pairs],
+            truncation="only_second",
+            max_length=self.max_length,
+            split_special_tokens=True,
+        )
+        for i, pair in enumerate(pairs):
+            pair["encoded"] = {name: values[i] for name, values in batch.items()}
+
+    def micro_batches(self, pairs):
+        """Slices of at most max_tokens tokens, as if all pairs were as long as the longest."""
+        longest = max((len(pair["encoded"]["input_ids"]) for pair in pairs), default=1)
+        size = max(1, self.config.max_tokens // longest)
+        return [slice(start, start + size) for start in range(0, len(pairs), size)]
+
+    def label_logits(self, pairs):
+        """float32 [N, Y], in the order of the task's labels; of no pairs, after a dummy pass."""
+        encoded = [pair["encoded"] for pair in pairs] or [{"input_ids": [0]}]
+        batch = self.tokenizer.pad(encoded, return_tensors="pt").to(self.model.device)
+        return self.model(**batch).logits[: len(pairs), self.order].float()
+
+
+def load_classifier(config, task, device):
+    """The student's model, its head named by the task's labels; fresh weights if it has none."""
+    folder = Path(config.student)
+    has_weights = not folder.is_dir() or any(folder.glob("*.safetensors"))
+    model_config = AutoConfig.from_pretrained(config.student, trust_remote_code=False)
+    names = dict(enumerate(task.labels))
+    if has_weights and "ForSequenceClassification" in str(model_config.architectures):
+        names = {i: str(name) for i, name in model_config.id2label.items()}
+        missing = [label for label in task.labels if label not in names.values()]
+        if missing:
+            raise grm.TaskError(
+                f"--student {folder}: its classifier has no label {', '.join(missing)} (it has "
+                f"{', '.join(names.values())}); name the labels in its config.json, or start from "
+                "the model without one"
+            )
+    model_config.id2label = names
+    model_config.label2id = {label: i for i, label in names.items()}
+    settings = {"trust_remote_code": False, "dtype": torch.float32}
+    torch.manual_seed(config.seed)
+    on_meta = str(device) == "meta"
+    with torch.device("meta") if on_meta else nullcontext():
+        if has_weights and not on_meta:
+            model = AutoModelForSequenceClassification.from_pretrained(
+                config.student, config=model_config, use_safetensors=True, **settings
+            )
+        else:
+            model = AutoModelForSequenceClassification.from_config(model_config, **settings)
+    return model.to(device)
+
+
+class CausalStudent(LabelStudent):
+    """A decoder-only model that gives the label first: behind the prompt and "\\boxed{"."""
+
+    answer_tokens = 0  # that it generates in serving
+
+    def __init__(self, config, task, device):
+        super().__init__()
+        self.config = config
+        self.task = task
+        self.model, self.tokenizer = grm.load_model(config.student, device, seed=config.seed)
+        rollout.use_tree_attention(self.model)
+        context = self.model.config.max_position_embeddings
+        self.renderer = grm.Renderer(task, self.tokenizer, context, self.answer_tokens)
+
+    def encode(self, pairs):
+        """Give each pair `prompt`: the ids behind which its label is read."""
+        for pair, ids in zip(pairs, self.renderer.prompts(pairs), strict=True):
+            pair["prompt"] = ids + self.renderer.opening
+            pair["answers"] = [[0]]  # one token to predict, whichever
+
+    def micro_batches(self, pairs):
+        """Slices of at most max_tokens tokens."""
+        prompts = [pair["prompt"] for pair in pairs]
+        answers = [pair["answers"] for pair in pairs]
+        return [part for part, _ in rollout.micro_batches(prompts, answers, self.config.max_tokens)]
+
+    def label_logits(self, pairs):
+        """float32 [N, Y]."""
+        prompts = [pair["prompt"] for pair in pairs]
+        return rollout.next_token_logits(self.model, prompts, self.renderer.label_ids)
+
+    def save(self, folder):
+        """Write model, tokenizer, and the criteria in the student's form, for grm.py score."""
+        super().save(folder)
+        replace(self.task, steps=[], format="answer-first").save(folder)
+
+
+class ReasoningStudent(CausalStudent):
+    """A small copy of the teacher, which reasons in the task's own format; for token losses."""
+
+    def __init__(self, config, task, teacher, device):
+        self.answer_tokens = config.max_new_tokens
+        super().__init__(config, task, device)
+        self.teacher = teacher
+        check_vocabularies(teacher.renderer.tokenizer, self.tokenizer, config.loss)
+
+    def forward(self, pairs, num_tokens):
+        """token_kd_loss of the pairs' answers; num_tokens: answer tokens of all ranks."""
+        config = self.config
+        prompts = [pair["prompt"] for pair in pairs]
+        answers = [pair["answers"] for pair in pairs]
+        tree = rollout.Tree(prompts, answers, self.model.device)
+        student_AD = rollout.answer_hidden(self.model, tree)
+        with torch.no_grad():
+            teacher_AE = rollout.answer_hidden(self.teacher.model, tree)
+        return token_kd_loss(
+            student_AD,
+            self.model.get_output_embeddings(),
+            teacher_AE,
+            self.teacher.model.get_output_embeddings(),
+            kind=config.loss,
+            beta=config.beta,
+            temperature=config.temperature,
+            denominator=num_tokens,
+        )
+
+    def encode(self, pairs):
+        """Give each pair `prompt`, its ids, and `answers`, the teacher's reasonings."""
+        for pair, ids in zip(pairs, self.renderer.prompts(pairs), strict=True):
+            pair["prompt"] = ids
+            pair["answers"] = pair.get("reasonings")
+
+    def weight(self, pairs):
+        """What the loss is averaged over: the answers' tokens."""
+        return sum(len(answer) for pair in pairs for answer in pair["answers"])
+
+    def answer(self, pairs, step, first_row):
+        """The pairs with its own answers in place of the teacher's (on-policy)."""
+        if not pairs:
+            return []
+        sampled = rollout.sample(
+            self.model.eval(),
+            [pair["prompt"] for pair in pairs],
+            max_new_tokens=self.config.max_new_tokens,
+            eos_id=self.renderer.eos_id,
+            seed=self.config.seed,
+            step=step,
+            first_row=first_row,
+            cache_tokens=self.config.cache_tokens,
+        )
+        answered = zip(pairs, sampled.answers, strict=True)
+        return [pair | {"answers": answers} for pair, answers in answered]
+
+    def predict(self, pairs):
+        """Its predictions, as grm.metrics takes them."""
+        engine = make_engine(self.model, self.renderer, self.config)
+        return grm.judge(self.renderer, engine, pairs, explain=False)
+
+    def save(self, folder):
+        """Write model, tokenizer and criteria."""
+        LabelStudent.save(self, folder)
+        self.task.save(folder)
+
+
+def make_engine(model, renderer, config):
+    """The engine of greedy answers and label logits, with the run's budgets."""
+    return rollout.Engine(
+        model,
+        renderer.eos_id,
+        renderer.label_ids,
+        config.max_new_tokens,
+        config.max_tokens,
+        config.cache_tokens,
+    )
 
 
 def check_vocabularies(teacher, student, loss):
-    """Token losses need ids that mean the same in both; the longer vocabulary is cut to the common part."""
-    ids = [{i: token for token, i in tokenizer.get_vocab().items()} for tokenizer in (teacher, student)]
-    common = min(map(len, ids))
-    if any(ids[0].get(i) != ids[1].get(i) for i in range(common)):
-        raise grm.TaskError(f"--loss {loss}: teacher and student have different tokenizers; use --loss label")
+    """Token losses need ids that mean the same in both; raises grm.TaskError."""
+    theirs = {i: token for token, i in teacher.get_vocab().items()}
+    ours = {i: token for token, i in student.get_vocab().items()}
+    common = range(min(len(theirs), len(ours)))  # the longer vocabulary is cut
+    if any(theirs.get(i) != ours.get(i) for i in common):
+        raise grm.TaskError(
+            f"--loss {loss}: teacher and student have different tokenizers; use --loss label"
+        )
 
 
-def token_loss(config, teacher, student, prompts, answers, denominator=None):
-    """token_kd_loss of answers (a list for each prompt) under both models; denominator: the tokens of all ranks' answers."""
-    trees = [rollout.Tree(prompts, answers, model.device) for model in (teacher.model, student.model)]
-    student_AD = rollout.answer_hidden(student.model, trees[1])
-    with torch.no_grad():
-        teacher_AE = rollout.answer_hidden(teacher.model, trees[0])
-    heads = student.model.get_output_embeddings(), teacher.model.get_output_embeddings()
-    return token_kd_loss(
-        student_AD, heads[0], teacher_AE, heads[1], kind=config.loss, beta=config.beta, temperature=config.temperature,
-        denominator=denominator,
-    )  # fmt: skip
-
-
-def label_lessons(config, student, records, probs_NY):
-    """A function from a batch (indices of records) and its step to this rank's micro-batches, and the loss of one of them:
-    label_kd_loss, or the gold label's cross-entropy alone, averaged over the pairs of all ranks."""
-    encoded, gold_N = student.encode(records), torch.tensor([r["gold"] for r in records])
-
-    def lessons(batch, step):
-        mine = batch[student.ranks.share(len(batch))]
-        pairs = [encoded[i] for i in mine]
-
-        def loss_of(part):
-            logits_NY, chosen = student.label_logits(pairs[part]), mine[part]
-            gold = gold_N[chosen].to(logits_NY.device)
-            if config.loss == "gold":
-                loss = F.cross_entropy(logits_NY, gold)
-            else:
-                loss = label_kd_loss(logits_NY, probs_NY[chosen].to(gold.device), gold, config.temperature, config.gold_weight)
-            return loss * (len(chosen) / len(batch))
-
-        return student.micro_batches(pairs), loss_of
-
-    return lessons
-
-
-def token_lessons(config, teacher, student, records, traces):
-    """The same for losses on tokens: of the teacher's reasonings, or of the student's own answers (on-policy)."""
-    prompts, sampler = student.tokens.prompts(records), student.whole() if config.on_policy else None
-
-    def lessons(batch, step):
-        share = student.ranks.share(len(batch))
-        chosen, answers = [prompts[i] for i in batch[share]], [traces[i] for i in batch[share]]
-        if sampler:
-            if sampler is not student.model:
-                parallel.copy_weights(sampler, student.model)
-            settings = {"max_new_tokens": config.max_new_tokens, "eos_id": student.tokens.eos_id, "seed": config.seed}
-            settings |= {"cache_tokens": config.cache_tokens, "step": step, "first_row": share.start}
-            sampler.eval()
-            answers = rollout.sample(sampler, chosen, **settings).answers() if chosen else []
-            student.model.train()
-        tokens = student.ranks.sum([sum(len(answer) for group in answers for answer in group)])[0]
-        parts = rollout.micro_batches(chosen, answers, config.max_tokens) if chosen else []
-        return parts, lambda part: token_loss(config, teacher, student, chosen[part], answers[part], tokens)
-
-    return lessons
-
-
-def shuffled(indices, config):
-    """Batch after batch, in epochs of shuffled orders."""
-    draw, order = np.random.default_rng(config.seed), []
-    while True:
-        while len(order) < config.batch:
-            order += draw.permutation(indices).tolist()
-        yield order[: config.batch]
-        order = order[config.batch :]
-
-
-def train(config, ranks, teacher, student, records, probs_NY, traces):
-    """The student's training, from its newest checkpoint if it was stopped; returns the seconds it took."""
-    start, model, log = time.perf_counter(), student.model, Path(config.out) / "metrics.jsonl"
-    usable = [i for i in range(len(records)) if config.loss == "gold" or (traces[i] and (student.reasons or probs_NY[i].sum()))]
-    if student.reasons:
-        lessons = token_lessons(config, teacher, student, records, traces)
-    else:
-        lessons = label_lessons(config, student, records, probs_NY)
-    nothing = lambda: 0 * student.label_logits(student.encode(records[:1])).sum()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
-    schedule = get_cosine_schedule_with_warmup(optimizer, round(0.05 * config.steps), config.steps).lr_lambdas[0]
-    checkpoints = parallel.Checkpoints(Path(config.out) / "checkpoints", ranks, keep=1)
-    done = resume(config, checkpoints, model, optimizer, log)
-    quiet = True if ranks.rank else None
-    bar = tqdm(initial=done, total=config.steps, desc="student", unit="step", disable=quiet, dynamic_ncols=True)
-    model.train()
-    for step, batch in enumerate(itertools.islice(shuffled(usable, config), done, config.steps), done):
-        torch.manual_seed(np.random.SeedSequence([config.seed, step, ranks.rank]).generate_state(1).item())  # dropout
-        parts, loss_of = lessons(batch, step)
-        optimizer.zero_grad()
-        loss = ranks.backward(student.call, loss_of, parts, nothing)
-        norm = parallel.clip_gradients(model, 1.0)
-        if not math.isfinite(loss + norm):
-            raise grm.TaskError(f"step {step + 1}: loss {loss}, gradient norm {norm}; lower the learning rate (--lr)")
-        for group in optimizer.param_groups:
-            group["lr"] = config.lr * schedule(step)
-        optimizer.step()
-        if not ranks.rank:
-            with open(log, "a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step + 1, "loss": loss, "grad_norm": norm}) + "\n")
-        bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
-        bar.update()
-        stop = ranks.stopping()
-        if stop or (config.save_every and (step + 1) % config.save_every == 0):
-            state = {"step": step + 1, "config": asdict(config)}
-            checkpoints.save(step + 1, model, optimizer, lambda state=state: state | {"log_size": log.stat().st_size})
-        if stop:
-            raise parallel.Stopped(f"stopped after step {step + 1}; saved. The same command goes on from there")
-    bar.close()
-    student.finish()
-    return time.perf_counter() - start
-
-
-def resume(config, checkpoints, model, optimizer, log):
-    """Take up the newest checkpoint of OUT, if there is one; returns the number of steps that are done."""
-    path = checkpoints.newest()
-    if path is None:
-        checkpoints.ranks.first(lambda: log.write_text(""))
-        return 0
+def student_maker(config, task, teacher):
+    """What builds the student on a device: the kind that its folder and the loss ask for."""
+    folder = Path(config.student)
+    if folder.is_dir():
+        grm.check_model_folder(folder)
     try:
-        state = checkpoints.read(path)
-        if names := parallel.differing(asdict(config), state.get("config", {}), FREE):
-            raise grm.TaskError(f"--out {config.out}: holds another run ({names}); choose another folder, or delete it")
-        checkpoints.load(path, model, optimizer)
-    except parallel.CheckpointError as error:
-        raise grm.TaskError(f"{error}; delete {config.out} to begin again") from None
-    checkpoints.ranks.first(lambda: os.truncate(log, min(state["log_size"], log.stat().st_size)))
-    if not checkpoints.ranks.rank:
-        tqdm.write(f"resumed {path}")
-    return state["step"]
+        model_config = AutoConfig.from_pretrained(config.student, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        first_line = str(error).partition("\n")[0]
+        raise grm.TaskError(f"--student {config.student}: {first_line}") from None
+    is_causal = any(name.endswith("ForCausalLM") for name in model_config.architectures or [])
+    if config.loss not in TOKEN_LOSSES:
+        return partial(CausalStudent if is_causal else ClassifierStudent, config, task)
+    if not is_causal:
+        raise grm.TaskError(
+            f"--loss {config.loss}: compares tokens, and {config.student} is a classifier; "
+            "use --loss label"
+        )
+    return partial(ReasoningStudent, config, task, teacher)
 
 
-# Stage 3: side by side ------------------------------------------------------------------------------------------------
+def train(student, sampling_student, optimizer, pairs, config, ranks, progress):
+    """The student's training. sampling_student: whole, for on-policy samples, or None."""
+    for step in progress.steps(config.steps):
+        # Dropout draws from torch's generator: of the step, so that a resumed run draws the same.
+        seeds = np.random.SeedSequence([config.seed, step, ranks.rank]).generate_state(1)
+        torch.manual_seed(seeds.item())
+        batch = parallel.epoch_batch(pairs, config.batch, step, config.seed)
+        share = ranks.share(len(batch))
+        mine = batch[share]
+        if config.on_policy:
+            mine = sampling_student.answer(mine, step, share.start)
+
+        student.train()
+        denominator = ranks.sum(student.weight(mine))
+        loss = 0.0
+        for part in ranks.equalize(student.micro_batches(mine), slice(0, 0)):
+            part_loss = student(mine[part], denominator)
+            part_loss.backward()
+            loss += part_loss.item()
+        loss = ranks.sum(loss)
+        lr = parallel.learning_rate(config.lr, step, config.steps, final=0.0)
+        grad_norm = progress.optimizer_step(student, optimizer, loss, lr)
+        if config.on_policy:
+            parallel.copy_weights(sampling_student, student)
+        record = {"step": step + 1, "loss": loss, "grad_norm": grad_norm, "lr": lr}
+        progress.log("metrics", record | {"skipped": progress.skipped})
+        progress.status = f"loss {loss:.3f}"
 
 
-def expected_calibration_error(records, predictions, bins=15):
-    """Mean gap between the probability of the predicted label and how often it is right, over equal-width bins."""
-    confidence_N = np.array([p["probs"].get(p["label"], 0.0) for p in predictions])
-    right_N = np.array([p["label"] == r["label"] for p, r in zip(predictions, records, strict=True)])
-    bin_N = np.minimum((confidence_N * bins).astype(int), bins - 1)
-    gaps = [abs(confidence_N[bin_N == b].mean() - right_N[bin_N == b].mean()) * (bin_N == b).mean() for b in set(bin_N)]
-    return float(sum(gaps))
+# Stage 3: side by side ----------------------------------------------------------------------------
 
 
-def milliseconds(predict, records, batch):
-    """Milliseconds a pair in batches of `batch`: the best of three passes over up to four batches."""
-    records = (records * batch)[: min(4 * batch, max(batch, len(records)))]
+def milliseconds(judge, pairs, batch):
+    """Milliseconds a pair in batches of `batch`: the best of three passes over up to 4 batches."""
+    pairs = (pairs * batch)[: min(4 * batch, max(batch, len(pairs)))]
     times = []
     for _ in range(3):
         start = time.perf_counter()
-        for i in range(0, len(records), batch):
-            predict(records[i : i + batch])
+        for i in range(0, len(pairs), batch):
+            judge.predict(pairs[i : i + batch])
         times.append(time.perf_counter() - start)
-    return 1000 * min(times) / len(records)
+    return 1000 * min(times) / len(pairs)
 
 
 def evaluate(task, judge, tests):
-    """{test set: metrics} of a teacher or student, with calibration, time and size."""
-    out = {}
-    for name, records in tests.items():
-        predictions = [p for i in range(0, len(records), 256) for p in judge.predict(records[i : i + 256])]
-        out[name] = grm.metrics(task, records, predictions) | {"ece": expected_calibration_error(records, predictions)}
-    records = next(iter(tests.values()))
-    times = {f"ms_per_pair_batch_{batch}": milliseconds(judge.predict, records, batch) for batch in (1, 64)}
-    return {"tests": out, **times, "parameters": sum(p.numel() for p in judge.model.parameters())}
+    """{test set: metrics} of a teacher or student, with time and size."""
+    pairs = next(iter(tests.values()))
+    cost = {f"ms_per_pair_batch_{n}": milliseconds(judge, pairs, n) for n in (1, 64)}
+    cost["parameters"] = sum(p.numel() for p in judge.model.parameters())
+    scores = {}
+    for name, pairs in tests.items():
+        predictions = []
+        for i in range(0, len(pairs), 256):  # so that memory does not grow with the test set
+            predictions += judge.predict(pairs[i : i + 256])
+        scores[name] = grm.metrics(task, pairs, predictions) | cost
+    return scores
 
 
-def print_table(summary):
-    """One line for each model and test set."""
-    print(f"\n{'':9}{'test set':<16}{'accuracy':>9}{'macro-F1':>10}{'kappa':>7}{'nDCG@10':>9}{'ECE':>7}{'malformed':>11}"
-          f"{'ms, batch 1':>13}{'ms, batch 64':>14}{'parameters':>13}")  # fmt: skip
-    for who in ("teacher", "student"):
-        if who in summary:
-            for name, m in summary[who]["tests"].items():
-                ndcg = f"{m['ndcg@10']:.3f}" if "ndcg@10" in m else "-"
-                times = [summary[who][f"ms_per_pair_batch_{batch}"] for batch in (1, 64)]
-                print(f"{who:<9}{name:<16}{m['accuracy']:>9.3f}{m['macro_f1']:>10.3f}{m['kappa']:>7.3f}{ndcg:>9}{m['ece']:>7.3f}{m['malformed']:>11.3f}"
-                      f"{times[0]:>13.2f}{times[1]:>14.3f}{summary[who]['parameters']:>13,}")  # fmt: skip
+COLUMNS = (
+    ("ms, batch 1", "ms_per_pair_batch_1", ".2f"),
+    ("batch 64", "ms_per_pair_batch_64", ".3f"),
+    ("parameters", "parameters", ","),
+)
 
 
 def main():
     """Check everything, ask the teacher, train the student, compare."""
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
-    try:
-        config = parse_config()
-        task = grm.Task.load(config.task)
-        records, tests = read_pairs(config, task)
-        ranks = parallel.Ranks()
-        make_folder("out", config.out)
-        student = make_student(config, task, ranks)
-        teacher = None if config.loss == "gold" else Teacher(config, task, ranks)
-        if student.reasons:
-            check_vocabularies(teacher.tokenizer, student.tokenizer, config.loss)
-        ranks.wait()  # no rank writes before every rank has checked
-        start = time.perf_counter()
-        # Stage 1: what the teacher thinks
-        probs_NY, traces = teacher.labels(records) if teacher else (None, None)
-        summary = {"config": asdict(config), "teacher_s": time.perf_counter() - start}
-        # Stage 2: the student learns it
-        ranks.stop_on_signals(lambda: ranks.rank or tqdm.write("stopping after this step; once more to stop at once, unsaved"))
-        summary["training_s"] = train(config, ranks, teacher, student, records, probs_NY, traces)
-        # Stage 3: side by side
-        if ranks.rank == 0:
-            finish(config, task, teacher, student, tests, summary)
-        ranks.leave()
-    except parallel.Stopped as stopped:
-        if ranks.rank == 0:
-            tqdm.write(f"{stopped}")
-        ranks.leave()
-    except (grm.TaskError, OSError) as error:
-        if os.environ.get("RANK", "0") != "0":
-            time.sleep(5)  # rank 0 speaks first: torchrun ends the others as soon as one has left
-        sys.exit(f"{error}")
-    except KeyboardInterrupt:
-        sys.exit(
-            f"stopped; what the teacher has said is in --cache ({SHARD} pairs a file), and the same command goes on from there"
-        )
+    config = parse_config()
+    out = Path(config.out)
+    ranks = parallel.Ranks()
+    bf16 = ranks.device.type == "cuda"  # computes and samples; master weights are float32
+    task = grm.Task.load(config.task)
+    pairs, tests = read_pairs(config, task)
+    teacher_hash = ranks.on_rank_0(grm.hash_files, [config.teacher])
+    files = [config.student, *(Path(config.task) / name for name in config.pairs.split(","))]
+    inputs = ranks.on_rank_0(grm.hash_files, [*files, Path(config.task) / "criteria.md"])
+    settings = asdict(config) | {"inputs": [teacher_hash, inputs]}
+    progress = parallel.Progress(
+        out, settings, ranks, stage="student", free=FREE, save_every=config.save_every, keep=1
+    )
+    teacher = Teacher(config, task, ranks) if config.loss != "gold" else None
+    make = student_maker(config, task, teacher)
+    student = parallel.shard(make, ranks, bf16)
+    optimizer = torch.optim.AdamW(student.parameters(), weight_decay=config.weight_decay)
+    student.encode(pairs)
+    for test in tests.values():
+        student.encode(test)
 
-
-def finish(config, task, teacher, student, tests, summary):
-    """Save the student, compare it with the teacher, and say so."""
-    student.save(Path(config.out))
+    # Stage 1: what the teacher thinks
     start = time.perf_counter()
     if teacher:
-        summary["teacher"] = evaluate(task, teacher, tests)
-    summary["student"] = evaluate(task, student, tests)
-    summary["evaluation_s"] = time.perf_counter() - start
-    (Path(config.out) / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-    shutil.rmtree(Path(config.out) / "checkpoints", ignore_errors=True)
-    print_table(summary)
-    asked = f"teacher {summary['teacher_s']:.0f} s, " if teacher else ""
-    print(f"\n{config.out}/model: the student; {asked}training {summary['training_s']:.0f} s")
+        pairs = teach(teacher, pairs, teacher_hash, ranks)
+        student.encode(pairs)
+    teacher_s = time.perf_counter() - start
+
+    # Stage 2: the student learns it
+    start = time.perf_counter()
+    progress.start(student, optimizer)
+    sampling_student = parallel.whole_copy(make, student, ranks, bf16) if config.on_policy else None
+    ranks.stop_on_signals()
+    train(student, sampling_student, optimizer, pairs, config, ranks, progress)
+    student = parallel.whole_copy(make, student, ranks, bf16).eval()
+    training_s = time.perf_counter() - start
+
+    # Stage 3: side by side
+    if ranks.rank == 0:
+        student.save(out / "model")
+        summary = progress.summary
+        for who, judge in (("teacher", teacher), ("student", student)):
+            if judge:
+                summary[who] = evaluate(task, judge, tests)
+        grm.print_table(summary, COLUMNS)
+        summary |= {"teacher_s": teacher_s, "training_s": training_s}
+        progress.finish()
+        print(f"\n{out}/model: the student; teacher {teacher_s:.0f} s, training {training_s:.0f} s")
 
 
 if __name__ == "__main__":
-    main()
+    parallel.launch(main, errors=(grm.TaskError, rollout.UnsupportedModelError))

@@ -221,28 +221,31 @@ def tree_attention(
 ALL_ATTENTION_FUNCTIONS.register("tree", tree_attention)
 
 
-class UnsupportedModel(ValueError):
+class UnsupportedModelError(ValueError):
     """An architecture whose attention the tree does not compute."""
 
 
 def use_tree_attention(model):
     """Switch a decoder-only Hugging Face model to tree attention; returns the model.
 
-    Raises UnsupportedModel, before any work, for architectures whose attention the tree does not compute.
+    Raises UnsupportedModelError, before any work, for architectures whose attention the tree does
+    not compute.
     """
     config = model.config
     name = type(model).__name__
     for field in ("attn_logit_softcapping", "final_logit_softcapping"):
         if getattr(config, field, None):
-            raise UnsupportedModel(f"{name}: config.{field} is set; soft-capped logits are not supported")
+            raise UnsupportedModelError(
+                f"{name}: config.{field} is set; soft-capping is not supported"
+            )
     if "sliding_attention" in (getattr(config, "layer_types", None) or []):
-        raise UnsupportedModel(
+        raise UnsupportedModelError(
             f"{name}: sliding-window attention is not supported; use a model with full attention"
         )
     if not getattr(model, "_supports_attention_backend", False) or not hasattr(
         model.base_model, "layers"
     ):
-        raise UnsupportedModel(
+        raise UnsupportedModelError(
             f"{name}: its attention cannot be replaced through transformers' AttentionInterface"
         )
     model.set_attn_implementation("tree")
@@ -772,7 +775,7 @@ def _check_sample(model, prompts, group_size, max_new_tokens, eos_id):
     longest, context = max(map(len, prompts)) + max_new_tokens, model.config.max_position_embeddings
     if longest > context:
         raise ValueError(
-            f"the longest prompt and answer need {longest} tokens, the model has a context of {context}"
+            f"the longest prompt and answer need {longest} tokens, the context has {context}"
         )
     if model.config._attn_implementation != "tree":
         raise ValueError("call rollout.use_tree_attention(model) first")
