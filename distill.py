@@ -85,7 +85,7 @@ def _check_labels(student_logits_NY, teacher_probs_NY, gold_N):
     in_range_N = (gold_N >= 0) & (gold_N < shape[1])
     if not (in_range_N | (gold_N == UNLABELLED)).all():
         raise ValueError(
-            f"gold_N must hold label indices 0..{shape[1] - 1}, or {UNLABELLED} for an unlabelled pair"
+            f"gold_N must hold label indices 0..{shape[1] - 1}, or {UNLABELLED} for no label"
         )
     # The tolerance lets probabilities in bfloat16 pass, and stops logits and log-probabilities.
     sums_N = _at_least_float32(teacher_probs_NY).sum(-1)
@@ -126,7 +126,7 @@ def label_kd_loss(student_logits_NY, teacher_probs_NY, gold_N, temperature=1.0, 
 
 
 def _divergence(log_q_CV, log_p_CV, kind, beta):
-    """[C] divergences between student q and teacher p, given log-probabilities. See token_kd_loss."""
+    """[C] divergences between student q and teacher p, from log-probabilities: token_kd_loss."""
     log_ratio_CV = log_p_CV - log_q_CV
     if kind == "forward":
         return (log_p_CV.exp() * log_ratio_CV).sum(-1)
@@ -171,12 +171,12 @@ def token_kd_loss(
     leaves it out. The weighted sum is divided by the sum of weights, or by `denominator`, that sum
     over all ranks and micro-batches. Returns a scalar; 0, with zero gradient, if all weights are 0.
 
-    kind "forward": KL(p || q). "reverse": KL(q || p). "js": with m = beta p + (1 - beta) q, GKD's divergence
+    kind "forward": KL(p || q). "reverse": KL(q || p). "js": with m = beta p + (1 - beta) q, GKD's
         JSD_beta(p, q) = beta KL(p || m) + (1 - beta) KL(q || m)
-    divided by beta (1 - beta), which is ours. The plain one vanishes at both ends, so a loss that reads beta 0 as
-    forward KL jumps there; this one tends to KL(p || q) as beta -> 0 and to KL(q || p) as beta -> 1. At beta 0.5 it is
-    four times the usual Jensen-Shannon divergence. As for labels, logits are divided by `temperature` and the loss is
-    multiplied by its square.
+    divided by beta (1 - beta), which is ours. The plain one vanishes at both ends, so a loss that
+    reads beta 0 as forward KL jumps there; this one tends to KL(p || q) as beta -> 0 and to
+    KL(q || p) as beta -> 1. At beta 0.5 it is four times the usual Jensen-Shannon divergence. As
+    for labels, logits are divided by `temperature` and the loss is multiplied by its square.
 
     If one vocabulary is longer, its end is cut off (models of one family pad differently; invented
     logits would take probability from real tokens). The ids of the common part must mean the same
@@ -296,7 +296,7 @@ FREE = (
 
 
 def parse_config(argv=None):
-    """Command line over TASK/distill.json over defaults. Raises grm.TaskError for impossible ones."""
+    """Command line over TASK/distill.json over defaults. Raises grm.TaskError."""
     config = grm.parse_settings(Config, "distill.json", __doc__.partition("\n")[0], argv)
     config.student = config.student or str(Path(config.task) / "student")
     config.cache = config.cache or config.teacher.rstrip("/") + "-labels"
@@ -320,7 +320,7 @@ def parse_config(argv=None):
 
 
 def read_pairs(config, task):
-    """(pairs to learn from, test sets by name). A pair's `gold`: its label's index, or UNLABELLED."""
+    """(pairs to learn from, test sets by name). A pair's `gold`: its label's index or UNLABELLED."""
     folder = Path(config.task)
     pairs = []
     for name in config.pairs.split(","):
@@ -443,7 +443,7 @@ class Cache:
         os.replace(temporary, self.path(shard))
 
     def load(self, shard):
-        """(probs_NY, reasonings) of a shard; reasonings: well-formed ones, lists of ids, by pair."""
+        """(probs_NY, reasonings) of a shard; reasonings: by pair, the well-formed ones' ids."""
         tensors = load_file(self.path(shard))
         ids = iter(tensors["ids"].tolist())
         reasonings = []
@@ -472,8 +472,8 @@ def ask_teacher(teacher, cache, prompts, ranks):
         if well_formed < 0.5 * asked:
             malformed = 1 - well_formed / asked
             raise grm.TaskError(
-                f"{teacher.config.teacher}: {malformed:.0%} of {asked} answers are malformed; is it "
-                "trained for this task's format, and --max_new_tokens long enough?"
+                f"{teacher.config.teacher}: {malformed:.0%} of {asked} answers are malformed; "
+                "is it trained for this task's format, and --max_new_tokens long enough?"
             )
     ranks.barrier()
 

@@ -39,7 +39,7 @@ MOST_PROBLEMS = 20  # bad lines that are named; of the rest, the number
 
 
 class TaskError(ValueError):
-    """Input that cannot be used. A line for each problem, `file:line: what is wrong` where it can."""
+    """Input that cannot be used. One line a problem, `file:line: what is wrong` where it can."""
 
 
 # The task folder ----------------------------------------------------------------------------------
@@ -62,7 +62,7 @@ class Task:
 
     @classmethod
     def load(cls, folder):
-        """Read and check `folder`/criteria.md. Raises TaskError that names the file and the field."""
+        """Read and check `folder`/criteria.md. Raises TaskError that names file and field."""
         path = Path(folder) / "criteria.md"
         head, criteria = _read_criteria(path)
         task = cls(
@@ -89,7 +89,7 @@ class Task:
         return task
 
     def save(self, folder):
-        """Write criteria.md into a folder: beside a model, it says what the model was trained for."""
+        """Write criteria.md into a folder: beside a model, it says what that was trained for."""
         lines = ["---"]
         for name in ("labels", "relevant", "steps", "format"):
             lines.append(f"{name}: {json.dumps(getattr(self, name))}")
@@ -111,7 +111,7 @@ class Task:
 
     @property
     def boxes(self):
-        """Names of an answer's boxes in order; an answer-first answer begins with the label's own."""
+        """Names of an answer's boxes; an answer-first answer begins with the label's own."""
         return self.steps if self.format == "reason-first" else ["label", *self.steps]
 
     def read(self, path, required=("label",)):
@@ -147,7 +147,7 @@ class Task:
         return records
 
     def check(self, record, required=()):
-        """A record with its labels as strings. Raises ValueError that says what is wrong with it."""
+        """A record with its labels as strings. Raises ValueError that says what is wrong."""
         if not isinstance(record, dict):
             raise ValueError("must be a JSON object")
         texts = ["query", "document", *(name for name in required if name != "label")]
@@ -301,7 +301,7 @@ def _read_settings(path, config_class):
 
 
 def _check_settings(config_class, values, where):
-    """Check values against types and bounds of their settings; TaskError names the first bad one."""
+    """Check values against the types and bounds of their settings. Raises TaskError."""
     for item in fields(config_class):
         problem = _problem(item, values[item.name]) if item.name in values else None
         if problem:
@@ -386,8 +386,8 @@ class Renderer:
             self.max_prompt_tokens = context - max_new_tokens - len(self.opening)
             if self.max_prompt_tokens < 1:
                 raise TaskError(
-                    f"--max_new_tokens {max_new_tokens}: leaves no room for a prompt in the context "
-                    f"of {context} tokens"
+                    f"--max_new_tokens {max_new_tokens}: leaves no room for a prompt "
+                    f"in the context of {context} tokens"
                 )
 
     def _read_template(self):
@@ -478,7 +478,7 @@ class Renderer:
             self._known[written] = label
 
     def _behind_brace(self, text):
-        """Ids of a text behind "\\boxed{": no token spans the brace, none brings a space with it."""
+        """Ids of a text behind "\\boxed{": no token spans the brace or brings a space with it."""
         ids = self._encode("\\boxed{" + text)
         start = len(self.opening)
         return ids[start:] if ids[:start] == self.opening else self._encode(text)
@@ -709,7 +709,7 @@ def ndcg(gains, scores, k=10):
 
 
 def print_table(results, extra=()):
-    """Print {who: {test set: metrics}}, a line for each; extra: more columns (title, key, format)."""
+    """Print {who: {test set: metrics}}, a line each; extra: columns (title, key, format)."""
     columns = [
         ("accuracy", "accuracy", ".3f"),
         ("binary", "binary_accuracy", ".3f"),

@@ -144,7 +144,7 @@ class Ranks:
         self.gather_json(None)
 
     def on_rank_0(self, work, *args):
-        """Call work(*args) on rank 0; its result (JSON) or its failure, a RunError, on every rank."""
+        """Call work(*args) on rank 0; every rank gets its result (JSON) or a RunError."""
         result = error = None
         if self.rank == 0:
             try:

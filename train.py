@@ -47,7 +47,7 @@ from grm import setting
 
 @dataclass
 class Config:
-    """Settings of a run. The defaults are for models of 0.6 B to 8 B; TASK/train.json has others."""
+    """Settings of a run. The defaults are for models of 0.6 B to 8 B parameters."""
 
     task: str = setting(
         "data/notes", "task folder: criteria.md, train.jsonl, test*.jsonl; sft.jsonl, train.json"
@@ -211,7 +211,7 @@ def tests_of(data):
 
 
 def by_stage(records, steps):
-    """[(first step, end, records)]: pairs by their `stage` (none: 0), each for its share of steps."""
+    """[(first step, end, records)]: pairs by `stage` (none: 0), each for its share of steps."""
     stages = []
     first = used = 0
     for stage in sorted({record.get("stage", 0) for record in records}):
@@ -236,7 +236,7 @@ def make_policy(source, config, device):
 
 
 def checkpoint_layers(model):
-    """Keep only the inputs of a model's layers for the backward pass, and compute the rest again."""
+    """Keep only the inputs of a model's layers for backward; the rest is computed again."""
     settings = {"use_reentrant": False}
     model.activation_checkpointing_enable(activation_checkpointing_kwargs=settings)
     for layer in model.base_model.layers:
@@ -489,7 +489,7 @@ def is_evaluated(step, config):
 
 
 def evaluate(sampling_model, renderer, data, config, ranks, progress):
-    """Metrics of greedy answers on every test set, {test set: metrics}; each rank judges a share."""
+    """Metrics of greedy answers, {test set: metrics}; each rank judges its share."""
     started = time.perf_counter()
     engine = rollout.Engine(
         sampling_model,
