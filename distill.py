@@ -320,7 +320,7 @@ def parse_config(argv=None):
 
 
 def read_pairs(config, task):
-    """(pairs to learn from, test sets by name). A pair's `gold`: its label's index or UNLABELLED."""
+    """(pairs to learn from, {name: test set}). A pair's `gold`: the label's index or UNLABELLED."""
     folder = Path(config.task)
     pairs = []
     for name in config.pairs.split(","):
