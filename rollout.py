@@ -39,37 +39,35 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 # Attention over a tree ----------------------------------------------------------------------------
 
-FUSED = {"cpu"}  # devices with a fused kernel for `attend`; elsewhere its scores are stored,
-SCORES = 2**28  # so many of them at a time
+# Devices with a fused kernel for `attend`. Elsewhere its scores are stored, so many at a time.
+FUSED = {"cpu"}
+SCORES = 2**28
 # Devices where the packed tree is trained by torch's FlexAttention, one kernel over all levels.
 FLEX = {"cuda"}
 
 
 def attend(q_KRELD, segments, scale):
-    """Attention of R rows of L queries over segments of keys, with one softmax over all segments
-    together.
+    """Attention of R rows of L queries over segments of keys, with one softmax over all of them.
 
-    segments: triples (k_KBCD, v_KBCD, mask); B divides R, and each of the B blocks is shared by R /
-    B consecutive rows, without a copy. mask: None (all visible); an additive mask [1, B, 1, C]; or
-    "causal" (own tokens: B = R, C = L). Every query must see at least one key. Returns [K, R, E, L,
-    D] in q's dtype; the softmax is in float32.
+    segments: triples (k_KBCD, v_KBCD, mask). B divides R, and each of the B blocks is shared by
+    R / B consecutive rows, without a copy.
+    mask: None (all visible); an additive mask [1, B, 1, C]; or "causal" (own tokens: B = R, C = L).
+    Every query must see at least one key.
+    Returns [K, R, E, L, D] in q's dtype; the softmax is in float32.
     """
     K, R, E, L, D = q_KRELD.shape
     if L > 1 and q_KRELD.device.type in FUSED:
-        masks, keys_values = (
-            [mask for *_, mask in segments],
-            [x for k, v, _ in segments for x in (k, v)],
-        )
+        masks = [mask for *_, mask in segments]
+        keys_values = [x for k, v, _ in segments for x in (k, v)]
         return _FusedAttend.apply(q_KRELD, scale, masks, *keys_values)
-    sharing = (
-        max(R // k.shape[1] for k, _, _ in segments if k.shape[1] > 1) if R > 1 else 1
-    )  # rows that stay together
-    rows = (
-        max(1, SCORES // (K * E * L * sum(k.shape[2] for k, _, _ in segments)) // sharing) * sharing
-    )
+    sizes = [k.shape[2] for k, _, _ in segments]
+    # Rows that share a block stay together.
+    sharing = max(R // k.shape[1] if k.shape[1] > 1 else 1 for k, _, _ in segments)
+    rows = max(1, SCORES // (K * E * L * sum(sizes)) // sharing) * sharing
     if rows < R:
         return _attend_in_parts(q_KRELD, segments, scale, rows)
-    q_KRELD, scores = q_KRELD * scale, []
+    q_KRELD = q_KRELD * scale
+    scores = []
     for k, _, mask in segments:
         B, C = k.shape[1], k.shape[2]
         segment = q_KRELD.reshape(K, B, -1, D) @ k.transpose(-1, -2)
@@ -81,9 +79,7 @@ def attend(q_KRELD, segments, scale):
         scores.append(segment)
     probs = torch.softmax(torch.cat(scores, -1), -1, dtype=torch.float32).to(q_KRELD.dtype)
     out = 0
-    for (_, v, _), weights in zip(
-        segments, probs.split([k.shape[2] for k, _, _ in segments], -1), strict=True
-    ):
+    for (_, v, _), weights in zip(segments, probs.split(sizes, -1), strict=True):
         out = out + (weights.reshape(K, v.shape[1], -1, v.shape[2]) @ v).view(K, R, E, L, D)
     return out
 
@@ -94,25 +90,19 @@ def _compiled_flex_attention():
 
 
 def _attend_in_parts(q_KRELD, segments, scale, rows):
-    """`attend` for `rows` rows at a time; their scores are computed again in the backward pass, not
-    kept.
-    """
-    R, outs = q_KRELD.shape[1], []
+    """`attend` for `rows` rows at a time; the backward pass computes their scores again."""
+    R = q_KRELD.shape[1]
+    outs = []
     for start in range(0, R, rows):
+        end = min(R, start + rows)
         part = []
         for k, v, mask in segments:
             B = k.shape[1]
-            blocks = slice(None) if B == 1 else slice(start * B // R, min(R, start + rows) * B // R)
-            part.append(
-                (
-                    k[:, blocks],
-                    v[:, blocks],
-                    mask[:, blocks] if isinstance(mask, torch.Tensor) else mask,
-                )
-            )
-        outs.append(
-            checkpoint(attend, q_KRELD[:, start : start + rows], part, scale, use_reentrant=False)
-        )
+            blocks = slice(None) if B == 1 else slice(start * B // R, end * B // R)
+            if isinstance(mask, torch.Tensor):
+                mask = mask[:, blocks]
+            part.append((k[:, blocks], v[:, blocks], mask))
+        outs.append(checkpoint(attend, q_KRELD[:, start:end], part, scale, use_reentrant=False))
     return torch.cat(outs, 1)
 
 
@@ -121,8 +111,7 @@ _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 
 
 class _FusedAttend(torch.autograd.Function):
-    """`attend` on CPU for rows of several queries: a fused kernel for each segment, merged through
-    the log-sum-exp.
+    """`attend` on CPU for rows of several queries: a fused kernel a segment, and their merge.
 
     Scores are never stored. With lse over all segments, a segment's part of the probabilities is
     exp(score - lse), so the kernel's backward, given the merged output and lse, returns exactly
@@ -131,21 +120,18 @@ class _FusedAttend(torch.autograd.Function):
 
     @staticmethod
     def _views(mask, k, v, queries):
-        """A segment as the kernel takes it: tensors [batch, heads, ...] of queries, k, v, and the
-        mask arguments.
-        """
+        """A segment as the kernel takes it: queries, k, v as [batch, heads, ...], causal, mask."""
         K, R, E, L = queries[0].shape[:4]
         B, C = k.shape[1:3]
-        if isinstance(mask, str):  # own keys: every query head of a row is a head for itself
-            return (
-                [x.reshape(K, R * E, L, *x.shape[4:]) for x in queries],
-                *(x.repeat_interleave(E, 1) for x in (k, v)),
-                True,
-                None,
-            )
+        if isinstance(
+            mask, str
+        ):  # "causal", own keys: every query head of a row is a head for itself
+            queries = [x.reshape(K, R * E, L, *x.shape[4:]) for x in queries]
+            return queries, k.repeat_interleave(E, 1), v.repeat_interleave(E, 1), True, None
         if mask is not None:
             mask = mask.to(k.dtype).expand(K, B, R // B * E * L, C)
-        return [x.reshape(K, B, R // B * E * L, *x.shape[4:]) for x in queries], k, v, False, mask
+        queries = [x.reshape(K, B, R // B * E * L, *x.shape[4:]) for x in queries]
+        return queries, k, v, False, mask
 
     @classmethod
     def forward(cls, ctx, q, scale, masks, *keys_values):
@@ -156,59 +142,45 @@ class _FusedAttend(torch.autograd.Function):
             outs.append(out.reshape(q.shape))
             lses.append(lse.reshape(q.shape[:-1]))
         lse = torch.logsumexp(torch.stack(lses), 0)
-        out = sum(
-            out * (part - lse).exp()[..., None].to(q.dtype)
-            for out, part in zip(outs, lses, strict=True)
-        )
-        ctx.save_for_backward(q, out, lse, *keys_values)
-        ctx.scale, ctx.masks = scale, masks
-        return out
+        merged = 0
+        for out, own_lse in zip(outs, lses, strict=True):
+            merged = merged + out * (own_lse - lse).exp()[..., None].to(q.dtype)
+        ctx.save_for_backward(q, merged, lse, *keys_values)
+        ctx.scale = scale
+        ctx.masks = masks
+        return merged
 
     @classmethod
     def backward(cls, ctx, grad):
-        q, out, lse, *keys_values = ctx.saved_tensors
-        grad_q, grads = 0, []
+        q, merged, lse, *keys_values = ctx.saved_tensors
+        grad_q = 0
+        grads = []
         for mask, k, v in zip(ctx.masks, keys_values[::2], keys_values[1::2], strict=True):
-            (g, queries, merged, total), keys, values, causal, mask = cls._views(
-                mask, k, v, [grad, q, out, lse]
-            )
-            dq, dk, dv = _flash_backward(
-                g,
-                queries,
-                keys,
-                values,
-                merged,
-                total,
-                0.0,
-                causal,
-                attn_mask=mask,
-                scale=ctx.scale,
-            )
+            views = cls._views(mask, k, v, [grad, q, merged, lse])
+            (own_grad, own_q, out, total), keys, values, causal, mask = views
+            arguments = (own_grad, own_q, keys, values, out, total, 0.0, causal)
+            dq, dk, dv = _flash_backward(*arguments, attn_mask=mask, scale=ctx.scale)
             grad_q = grad_q + dq.reshape(q.shape)
-            grads += [
-                d.unflatten(1, (k.shape[1], -1)).sum(2) for d in (dk, dv)
-            ]  # over the heads that share a key
+            for d in (dk, dv):
+                grads.append(d.unflatten(1, (k.shape[1], -1)).sum(2))  # over heads that share a key
         return grad_q, None, None, *grads
 
 
 def tree_attention(
     module, query, key, value, attention_mask, scaling=None, dropout=0.0, tree=None, **kwargs
 ):
-    """What transformers' attention layers call. `tree` holds the layout (and, when sampling, the
-    cache); it travels through the model's forward as a keyword argument. query [1, H, S, D], key
-    and value [1, K, S, D].
+    """What transformers' attention layers call: query [1, H, S, D], key and value [1, K, S, D].
+
+    `tree` holds the layout (and, when sampling, the cache); it travels through the model's forward
+    as a keyword argument.
     """
     if tree is None:
         raise ValueError(
             "tree attention needs tree=...: call the model through rollout.sample or rollout.Policy"
         )
     window = kwargs.get("sliding_window")
-    if (
-        dropout
-        or kwargs.get("softcap")
-        or kwargs.get("s_aux") is not None
-        or (window and window < tree.max_position)
-    ):
+    is_short = window and window < tree.max_position
+    if dropout or is_short or kwargs.get("softcap") or kwargs.get("s_aux") is not None:
         raise ValueError(
             f"{type(module).__name__}: dropout, soft-capping, sinks and a sliding window "
             "are not supported"
@@ -253,22 +225,17 @@ def use_tree_attention(model):
 
 
 def common_prefix_length(prompts):
-    """Length of the longest common token prefix, leaving every prompt at least one token of its
-    own.
-    """
+    """Length of the longest common token prefix that leaves every prompt a token of its own."""
     first, last = min(prompts), max(prompts)  # the two that differ earliest in lexicographic order
     limit = min(map(len, prompts)) - 1
     return next((i for i in range(limit) if first[i] != last[i]), limit)
 
 
 def _padding_mask(lengths_B, width):
-    """Additive mask [1, B, 1, width]: 0 for the first lengths_B[b] keys of block b, -inf behind
-    them.
-    """
+    """Additive mask [1, B, 1, width]: 0 for the first lengths_B[b] keys of block b, -inf behind."""
     hidden = torch.arange(width, device=lengths_B.device) >= lengths_B[:, None]
-    return torch.zeros(hidden.shape, device=hidden.device).masked_fill(hidden, float("-inf"))[
-        None, :, None
-    ]
+    mask = torch.zeros(hidden.shape, device=hidden.device)
+    return mask.masked_fill(hidden, float("-inf"))[None, :, None]
 
 
 def _check_prompts(prompts):
@@ -299,11 +266,12 @@ class Tree:
         else:
             prompts, answers = [[0]], [[]]
         C = common_prefix_length(prompts)
-        ids, positions = list(prompts[0][:C]), list(range(C))
-        prompt_rows, shared_rows, answer_rows, predict, targets = [], [], [], [], []
-        owners = [
-            (0, 0)
-        ] * C  # of each packed token: its prompt and answer, from 1; 0 where it belongs to all
+        ids = list(prompts[0][:C])
+        positions = list(range(C))
+        # Of each packed token: its prompt and answer, from 1; 0 where it belongs to all.
+        owners = [(0, 0)] * C
+        prompt_rows, shared_rows, answer_rows = [], [], []
+        predict, targets = [], []
 
         def add(tokens, position, prompt, answer):
             start = len(ids)
@@ -315,16 +283,16 @@ class Tree:
         group = max(map(len, answers))  # 0 for the dummy
         for number, (prompt, prompt_answers) in enumerate(zip(prompts, answers, strict=True), 1):
             single = len(prompt_answers) == 1
-            row = add(
-                list(prompt[C:]) + (list(prompt_answers[0][:-1]) if single else []), C, number, 0
-            )
+            own = list(prompt[C:])
+            if single:
+                own += prompt_answers[0][:-1]
+            row = add(own, C, number, 0)
             prompt_rows.append(row)
             last = row[len(prompt) - C - 1]
             if not single:
                 shared_rows.append(row)
-                answer_rows += [range(0)] * (
-                    group - len(prompt_answers)
-                )  # so that all groups have the same size
+                # Empty rows, so that all groups have the same size.
+                answer_rows += [range(0)] * (group - len(prompt_answers))
             for answer in prompt_answers:
                 # The last token is only predicted, never fed; the first is predicted by the
                 # prompt's last token.
@@ -335,26 +303,28 @@ class Tree:
                     answer_rows.append(own)
                 predict += [last, *own]
                 targets += answer
-        self.prefix, self.max_position = C, max(positions) + 1
+        self.prefix = C
+        self.max_position = max(positions) + 1
         as_tensor = lambda values: torch.tensor(values, dtype=torch.long, device=device)
-        self.input_ids, self.position_ids = as_tensor(ids)[None], as_tensor(positions)[None]
-        self.predict_A, self.targets_A = as_tensor(predict), as_tensor(targets)
+        self.input_ids = as_tensor(ids)[None]
+        self.position_ids = as_tensor(positions)[None]
+        self.predict_A = as_tensor(predict)
+        self.targets_A = as_tensor(targets)
         self.prompt_S, self.answer_S = as_tensor(owners).T.contiguous()
         self._index_levels(prompt_rows, shared_rows, answer_rows, len(ids), as_tensor)
 
     def _index_levels(self, prompt_rows, shared_rows, answer_rows, size, as_tensor):
-        """Padded index tables of the two lower levels, and `unpack_S`: where each packed token's
-        output will stand.
-        """
+        """Padded index tables of the lower levels, and where each packed token's output stands."""
 
         def padded(rows):
             width = max(map(len, rows), default=0)
             return as_tensor([[*row] + [0] * (width - len(row)) for row in rows]) if width else None
 
-        self.prompts_RL, self.shared_RL, self.answers_RL = map(
-            padded, (prompt_rows, shared_rows, answer_rows)
-        )
-        place, offset = [*range(self.prefix)] + [0] * (size - self.prefix), self.prefix
+        self.prompts_RL = padded(prompt_rows)
+        self.shared_RL = padded(shared_rows)
+        self.answers_RL = padded(answer_rows)
+        offset = self.prefix
+        place = [*range(self.prefix)] + [0] * (size - self.prefix)
         for rows, table in ((prompt_rows, self.prompts_RL), (answer_rows, self.answers_RL)):
             if table is not None:
                 for r, row in enumerate(rows):
@@ -363,16 +333,15 @@ class Tree:
                 offset += table.numel()
         self.unpack_S = as_tensor(place)
         if shared_rows:
-            self.shared_mask = _padding_mask(
-                as_tensor([len(row) for row in shared_rows]), self.shared_RL.shape[1]
-            )
+            lengths_R = as_tensor([len(row) for row in shared_rows])
+            self.shared_mask = _padding_mask(lengths_R, self.shared_RL.shape[1])
 
     @cached_property
     def block_mask(self):
-        """FlexAttention's mask: a token sees what precedes it of the prefix, of its own prompt, and
-        of its own answer.
-        """
-        prompt_S, answer_S, S = self.prompt_S, self.answer_S, len(self.prompt_S)
+        """FlexAttention's mask: a token sees prefix, own prompt, own answer, up to itself."""
+        prompt_S = self.prompt_S
+        answer_S = self.answer_S
+        S = len(prompt_S)
 
         def visible(batch, head, query, key):
             its_prompt = (prompt_S[key] == 0) | (prompt_S[key] == prompt_S[query])
@@ -387,11 +356,11 @@ class Tree:
             kernel = _compiled_flex_attention() if q_HSD.device.type == "cuda" else flex_attention
             # Under autocast, norms leave queries and keys in float32 and values in bfloat16.
             q, k, v = (x[None].to(v_KSD.dtype) for x in (q_HSD, k_KSD, v_KSD))
-            return kernel(q, k, v, block_mask=self.block_mask, scale=scale, enable_gqa=True)[
-                0
-            ].transpose(0, 1)
+            out = kernel(q, k, v, block_mask=self.block_mask, scale=scale, enable_gqa=True)
+            return out[0].transpose(0, 1)
         H, _, D = q_HSD.shape
-        K, C = k_KSD.shape[0], self.prefix
+        K = len(k_KSD)
+        C = self.prefix
         prefix = [(k_KSD[:, None, :C], v_KSD[:, None, :C], None)] if C else []
 
         def rows(x_KSD, table):
@@ -399,12 +368,10 @@ class Tree:
 
         def level(table, ancestors):
             R, L = table.shape
-            q_KRELD = (
-                q_HSD.index_select(1, table.flatten()).view(K, H // K, R, L, D).transpose(1, 2)
-            )
-            out = attend(
-                q_KRELD, [*ancestors, (rows(k_KSD, table), rows(v_KSD, table), "causal")], scale
-            )
+            q_HRL = q_HSD.index_select(1, table.flatten())
+            q_KRELD = q_HRL.view(K, H // K, R, L, D).transpose(1, 2)
+            own = (rows(k_KSD, table), rows(v_KSD, table), "causal")
+            out = attend(q_KRELD, [*ancestors, own], scale)
             return out.permute(1, 3, 0, 2, 4).reshape(R * L, H, D)
 
         outs = []
@@ -436,8 +403,7 @@ def answer_hidden(model, tree):
 
 
 class _TokenLogprobs(torch.autograd.Function):
-    """Log-probabilities and entropies in chunks of positions; the backward pass computes each
-    chunk's logits again.
+    """Log-probabilities and entropies in chunks; backward computes each chunk's logits again.
 
     One buffer takes the gradient of the head from all chunks; left to autograd, each chunk would
     allocate its own.
@@ -445,37 +411,43 @@ class _TokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden_AD, weight_VD, bias_V, targets_A, temperature, chunk, dtype):
-        ctx.logits = lambda hidden_CD: F.linear(hidden_CD, weight, bias).float().div_(temperature)
-        hidden_AD, weight = hidden_AD.to(dtype), weight_VD.detach().to(dtype)
-        bias = None if bias_V is None else bias_V.detach().to(dtype)
-        logprobs, entropies = [], []
-        for hidden_CD, targets_C in zip(
-            hidden_AD.split(chunk), targets_A.split(chunk), strict=True
-        ):
-            logps_CV = torch.log_softmax(ctx.logits(hidden_CD), -1)
+        hidden_AD = hidden_AD.to(dtype)
+        ctx.weight = weight_VD.detach().to(dtype)
+        ctx.bias = None if bias_V is None else bias_V.detach().to(dtype)
+        ctx.temperature = temperature
+        ctx.chunk = chunk
+        logprobs = []
+        entropies = []
+        chunks = zip(hidden_AD.split(chunk), targets_A.split(chunk), strict=True)
+        for hidden_CD, targets_C in chunks:
+            logps_CV = torch.log_softmax(_TokenLogprobs.logits(ctx, hidden_CD), -1)
             logprobs.append(logps_CV.gather(-1, targets_C[:, None])[:, 0])
             entropies.append(-logps_CV.exp().mul_(logps_CV).sum(-1))
         ctx.save_for_backward(hidden_AD, weight_VD, bias_V, targets_A)
-        ctx.weight, ctx.temperature, ctx.chunk = weight, temperature, chunk
         entropy_A = torch.cat(entropies)
         ctx.mark_non_differentiable(entropy_A)
         return torch.cat(logprobs), entropy_A
 
     @staticmethod
+    def logits(ctx, hidden_CD):
+        return F.linear(hidden_CD, ctx.weight, ctx.bias).float().div_(ctx.temperature)
+
+    @staticmethod
     def backward(ctx, grad_A, _):
         hidden_AD, weight_VD, bias_V, targets_A = ctx.saved_tensors
-        weight, grads = ctx.weight, []
+        grads = []
         grad_weight = torch.zeros_like(weight_VD) if ctx.needs_input_grad[1] else None
         grad_bias = torch.zeros_like(bias_V) if ctx.needs_input_grad[2] else None
         grad_A = grad_A / ctx.temperature
-        for hidden_CD, targets_C, grad_C in zip(
-            *(x.split(ctx.chunk) for x in (hidden_AD, targets_A, grad_A)), strict=True
-        ):
+        chunks = (x.split(ctx.chunk) for x in (hidden_AD, targets_A, grad_A))
+        for hidden_CD, targets_C, grad_C in zip(*chunks, strict=True):
             # d logprob / d logits = one_hot(target) - softmax(logits)
-            grad_CV = torch.softmax(ctx.logits(hidden_CD), -1).mul_(-grad_C[:, None])
+            grad_CV = torch.softmax(_TokenLogprobs.logits(ctx, hidden_CD), -1).mul_(
+                -grad_C[:, None]
+            )
             grad_CV.scatter_add_(1, targets_C[:, None], grad_C[:, None])
             grad_CV = grad_CV.to(hidden_CD.dtype)
-            grads.append(grad_CV @ weight)
+            grads.append(grad_CV @ ctx.weight)
             if grad_weight is not None:
                 if grad_weight.dtype == grad_CV.dtype:
                     grad_weight.addmm_(grad_CV.T, hidden_CD)
@@ -487,8 +459,7 @@ class _TokenLogprobs(torch.autograd.Function):
 
 
 def token_logprobs(hidden_AD, head, targets_A, temperature=1.0, chunk=None):
-    """Log-probabilities and entropies of the target tokens under softmax(head(hidden) /
-    temperature), both float32 [A].
+    """Log-probabilities and entropies under softmax(head(hidden) / temperature), float32 [A].
 
     head: the model's output layer, a torch.nn.Linear. Runs in chunks of `chunk` positions (by
     default so many that a chunk has 2**24 logits) that are computed again in the backward pass, so
@@ -496,12 +467,11 @@ def token_logprobs(hidden_AD, head, targets_A, temperature=1.0, chunk=None):
     """
     chunk = chunk or max(1, 2**24 // head.weight.shape[0])
     device = hidden_AD.device.type
-    dtype = (
-        torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.weight.dtype
-    )
-    return _TokenLogprobs.apply(
-        hidden_AD, head.weight, head.bias, targets_A, temperature, chunk, dtype
-    )
+    dtype = head.weight.dtype
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    arguments = (hidden_AD, head.weight, head.bias, targets_A, temperature, chunk, dtype)
+    return _TokenLogprobs.apply(*arguments)
 
 
 class Policy(torch.nn.Module):
@@ -621,13 +591,14 @@ class _Prefill:
 
     def __init__(self, rows, start, ancestors, device):
         as_tensor = lambda values: torch.tensor(values, dtype=torch.long, device=device)
-        lengths, width = [len(row) for row in rows], max(map(len, rows))
+        lengths = [len(row) for row in rows]
+        width = max(lengths)
         starts = np.cumsum([0, *lengths])[:-1].tolist()
-        self.ancestors, self.keys_values = ancestors, []
+        positions = [start + i for length in lengths for i in range(length)]
+        self.ancestors = ancestors
+        self.keys_values = []
         self.input_ids = as_tensor([token for row in rows for token in row])[None]
-        self.position_ids = as_tensor([start + i for length in lengths for i in range(length)])[
-            None
-        ]
+        self.position_ids = as_tensor(positions)[None]
         self.max_position = start + width
         self.lengths_R = as_tensor(lengths)
         self.last_R = as_tensor(starts) + self.lengths_R - 1
@@ -639,16 +610,16 @@ class _Prefill:
         )
 
     def attend(self, layer, q_HSD, k_KSD, v_KSD, scale):
-        (H, _, D), (R, L) = q_HSD.shape, self.table_RL.shape
-        K = k_KSD.shape[0]
+        H, _, D = q_HSD.shape
+        R, L = self.table_RL.shape
+        K = len(k_KSD)
         index = self.table_RL.flatten()
         keys = k_KSD.index_select(1, index).view(K, R, L, D)
         values = v_KSD.index_select(1, index).view(K, R, L, D)
         self.keys_values.append((keys, values))
         q_KRELD = q_HSD.index_select(1, index).view(K, H // K, R, L, D).transpose(1, 2)
-        segments = [(*pair, None) for pair in self.ancestors[layer : layer + 1]] + [
-            (keys, values, "causal")
-        ]
+        segments = [(*pair, None) for pair in self.ancestors[layer : layer + 1]]
+        segments.append((keys, values, "causal"))
         out = attend(q_KRELD, segments, scale)
         return out.permute(1, 3, 0, 2, 4).reshape(R * L, H, D).index_select(0, self.cells_S)
 
@@ -662,18 +633,14 @@ class _Decode:
     """
 
     def __init__(self, prefix_cache, slots, places, group_size, prompt_width, max_position, device):
-        self.prefix_cache, self.slots, self.places, self.group_size = (
-            prefix_cache,
-            slots,
-            places,
-            group_size,
-        )
-        self.prompt_width, self.max_position, self.width, self.buffers = (
-            prompt_width,
-            max_position,
-            0,
-            [],
-        )
+        self.prefix_cache = prefix_cache
+        self.slots = slots
+        self.places = places
+        self.group_size = group_size
+        self.prompt_width = prompt_width
+        self.max_position = max_position
+        self.width = 0  # of the cache of own keys
+        self.buffers = []  # of each layer: prompts' keys and values, own keys and values
         self.prompt_mask_SC = torch.full((slots, prompt_width), float("-inf"), device=device)
 
     def store_prompts(self, slots_P, prefill):
@@ -681,18 +648,12 @@ class _Decode:
         if not self.buffers:
             for keys, _ in prefill.keys_values:
                 K, _, _, D = keys.shape
-                shape = (K, self.slots, self.prompt_width, D)
-                self.buffers.append(
-                    [
-                        keys.new_zeros(shape),
-                        keys.new_zeros(shape),
-                        *keys.new_zeros(2, K, self.places, 0, D),
-                    ]
-                )
+                of_prompts = keys.new_zeros(2, K, self.slots, self.prompt_width, D)
+                own = keys.new_zeros(2, K, self.places, 0, D)
+                self.buffers.append([*of_prompts, *own])
         width = prefill.table_RL.shape[1]
-        for (keys, values), (prompt_k, prompt_v, _, _) in zip(
-            prefill.keys_values, self.buffers, strict=True
-        ):
+        for (keys, values), buffers in zip(prefill.keys_values, self.buffers, strict=True):
+            prompt_k, prompt_v, _, _ = buffers
             prompt_k[:, slots_P, :width] = keys
             prompt_v[:, slots_P, :width] = values
         self.prompt_mask_SC[slots_P] = _padding_mask(prefill.lengths_R, self.prompt_width)[0, :, 0]
@@ -707,25 +668,19 @@ class _Decode:
                 buffers[2:] = [F.pad(x, (0, 0, 0, self.width - x.shape[2])) for x in buffers[2:]]
 
     def prepare(self, places_A, seats_A, written_A):
-        """Set who takes part in the next step: each row's place and seat, and how many of its
-        tokens are in the cache.
-        """
-        self.places_A, self.seats_A, self.written_A = places_A, seats_A, written_A
-        unseen_AC = torch.arange(self.width, device=written_A.device) > written_A[:, None]
-        own_AC = torch.zeros(unseen_AC.shape, device=written_A.device).masked_fill(
-            unseen_AC, float("-inf")
-        )
+        """Set who takes part in the next step: places, seats, and tokens already in the cache."""
+        self.places_A = places_A
+        self.seats_A = seats_A
+        self.written_A = written_A
+        own_AC = _padding_mask(written_A + 1, self.width)[0, :, 0]
         self.mask_AC = torch.cat([self.prompt_mask_SC[seats_A // self.group_size], own_AC], 1)
 
     def attend(self, layer, q_HAD, k_KAD, v_KAD, scale):
-        """Keys and values enter the cache; queries see prefix, prompt and answer under one softmax.
-        Returns [A, H, D].
-        """
-        (H, A, D), K, (seats, places) = (
-            q_HAD.shape,
-            k_KAD.shape[0],
-            (self.slots * self.group_size, self.places),
-        )
+        """Keys and values enter the cache; queries see prefix, prompt and answer: [A, H, D]."""
+        H, A, D = q_HAD.shape
+        K = len(k_KAD)
+        seats = self.slots * self.group_size
+        places = self.places
         prompt_k, prompt_v, own_k, own_v = self.buffers[layer]
         own_k[:, self.places_A, self.written_A] = k_KAD
         own_v[:, self.places_A, self.written_A] = v_KAD
@@ -735,23 +690,19 @@ class _Decode:
             return x_KAEC.new_zeros(K, rows, *x_KAEC.shape[2:]).index_copy_(1, index_A, x_KAEC)
 
         def product(x_KREC, y_KBCD):  # B blocks of keys or values, each for R / B rows
-            return (x_KREC.reshape(K, y_KBCD.shape[1], -1, x_KREC.shape[3]) @ y_KBCD).view(
-                K, -1, H // K, y_KBCD.shape[3]
-            )
+            blocks = x_KREC.reshape(K, y_KBCD.shape[1], -1, x_KREC.shape[3])
+            return (blocks @ y_KBCD).view(K, -1, H // K, y_KBCD.shape[3])
 
-        by_prompt = product(spread(q_KAED, self.seats_A, seats), prompt_k.mT).index_select(
-            1, self.seats_A
-        )
-        by_place = product(spread(q_KAED, self.places_A, places), own_k.mT).index_select(
-            1, self.places_A
-        )
+        by_prompt = product(spread(q_KAED, self.seats_A, seats), prompt_k.mT)
+        by_prompt = by_prompt.index_select(1, self.seats_A)
+        by_place = product(spread(q_KAED, self.places_A, places), own_k.mT)
+        by_place = by_place.index_select(1, self.places_A)
         scores = torch.cat([by_prompt, by_place], -1).add_(self.mask_AC[:, None].to(q_HAD.dtype))
         for prefix_k, _ in self.prefix_cache[layer : layer + 1]:
             scores = torch.cat([scores, product(q_KAED, prefix_k.mT)], -1)
         probs = torch.softmax(scores, -1)  # computed in float32 whatever the dtype
-        prompt_p, own_p, prefix_p = probs.split(
-            [self.prompt_width, self.width, probs.shape[3] - self.mask_AC.shape[1]], -1
-        )
+        sizes = [self.prompt_width, self.width]
+        prompt_p, own_p, prefix_p = probs.split([*sizes, probs.shape[3] - sum(sizes)], -1)
         out = product(spread(prompt_p, self.seats_A, seats), prompt_v).index_select(1, self.seats_A)
         out += product(spread(own_p, self.places_A, places), own_v).index_select(1, self.places_A)
         for _, prefix_v in self.prefix_cache[layer : layer + 1]:
@@ -769,10 +720,9 @@ def _check_sample(model, prompts, group_size, max_new_tokens, eos_id):
         raise ValueError("eos_id is missing: without an end-of-sequence token no answer can end")
     dropout = any(isinstance(m, torch.nn.Dropout) and m.p for m in model.modules())
     if model.training and (dropout or getattr(model.config, "attention_dropout", 0)):
-        raise ValueError(
-            "the model is in train mode with dropout; call model.eval() before sampling"
-        )
-    longest, context = max(map(len, prompts)) + max_new_tokens, model.config.max_position_embeddings
+        raise ValueError("the model is in train mode with dropout; call model.eval() first")
+    longest = max(map(len, prompts)) + max_new_tokens
+    context = model.config.max_position_embeddings
     if longest > context:
         raise ValueError(
             f"the longest prompt and answer need {longest} tokens, the context has {context}"
@@ -782,33 +732,35 @@ def _check_sample(model, prompts, group_size, max_new_tokens, eos_id):
 
 
 def fit_rows(prompts, group_size, max_new_tokens, cache_tokens):
-    """How many rows decode at a time, and in how many slots for prompts, so that the cache holds at
-    most cache_tokens.
+    """How many rows decode at a time, in how many prompts' slots, within cache_tokens.
 
     Groups end row by row; slots for twice as many groups as there is room for keep the places full
     meanwhile.
     """
-    P, G, prefix = len(prompts), group_size, common_prefix_length(prompts)
+    P = len(prompts)
+    G = group_size
+    prefix = common_prefix_length(prompts)
     own = max(map(len, prompts)) - prefix
-    slots = lambda groups: min(P, groups if G == 1 else 2 * groups)
-    tokens = lambda groups: prefix + slots(groups) * own + groups * G * max_new_tokens
-    if tokens(1) > cache_tokens:
+    fitting = None
+    for groups in range(1, P + 1):
+        slots = min(P, groups if G == 1 else 2 * groups)
+        tokens = prefix + slots * own + groups * G * max_new_tokens
+        if tokens > cache_tokens:
+            break
+        fitting = (groups * G, slots)
+    if fitting is None:
         raise ValueError(
-            f"cache_tokens ({cache_tokens}): a group of {G} answers needs {tokens(1)}; raise it"
+            f"cache_tokens ({cache_tokens}): a group of {G} answers needs {tokens}; raise it"
         )
-    groups = max(g for g in range(1, P + 1) if tokens(g) <= cache_tokens)
-    return groups * G, slots(groups)
+    return fitting
 
 
-PREFILL_TOKENS = (
-    8192  # prefilled at a time, padding of the attention counted: bounds the memory of a prefill
-)
+# Prefilled at a time, padding of the attention counted: bounds the memory of a prefill.
+PREFILL_TOKENS = 8192
 
 
 class _Sampler:
-    """The state of one call of `sample`: what is drawn (by row), who decodes (by place), and the
-    cache.
-    """
+    """The state of one call of `sample`: what is drawn (by row), who decodes (by place), cache."""
 
     def __init__(
         self,
@@ -823,14 +775,13 @@ class _Sampler:
         graphs,
         label_ids=None,
     ):
-        device, N, T, G = model.device, len(draws_NT), max_new_tokens, group_size
-        self.model, self.prompts, self.eos_id, self.temperature, self.group_size = (
-            model,
-            prompts,
-            eos_id,
-            temperature,
-            G,
-        )
+        device = model.device
+        N, T, G = len(draws_NT), max_new_tokens, group_size
+        self.model = model
+        self.prompts = prompts
+        self.eos_id = eos_id
+        self.temperature = temperature
+        self.group_size = G
         self.graphs = {} if graphs and device.type == "cuda" else None
         places, slots = fit_rows(prompts, G, T, cache_tokens)
         # One row, place and slot more than there are: the idle rows of a padded step write there,
@@ -845,34 +796,29 @@ class _Sampler:
         self.ended_N = torch.zeros(N + 1, dtype=torch.bool, device=device)
         self.draws_NT = torch.cat([draws_NT, draws_NT[:1]])
         self.waiting = 0  # the next prompt to be admitted
-        self.active, self.time = (
-            {},
-            0,
-        )  # places at work, the oldest first: the decoding step before which each began
-        self.free_places, self.free_slots = [*range(places)], [*range(slots)]
-        self.slot_of, self.left = (
-            [0] * places,
-            [0] * slots,
-        )  # of each place; rows at work in each slot
-        self.row = torch.full(
-            (places + 1,), N, device=device
-        )  # of each place: its output row, seat and prompt's length
+        self.active = {}  # places at work, the oldest first: the time at which each began
+        self.time = 0  # decoding steps so far
+        self.free_places = [*range(places)]
+        self.free_slots = [*range(slots)]
+        self.slot_of = [0] * places
+        self.left = [0] * slots  # rows at work in each slot
+        # Of each place: its output row, its seat, its prompt's length.
+        self.row = torch.full((places + 1,), N, device=device)
         self.seat = torch.full((places + 1,), slots * G, device=device)
         self.prompt_length = torch.zeros(places + 1, dtype=torch.long, device=device)
-        self.prefix, prefix_cache = common_prefix_length(prompts), []
+        self.prefix = common_prefix_length(prompts)
+        prefix_cache = []  # of each layer: keys and values
         for start in range(0, self.prefix, PREFILL_TOKENS):
             chunk = prompts[0][start : min(self.prefix, start + PREFILL_TOKENS)]
             new = self.prefill([chunk], start, prefix_cache).keys_values
-            both = lambda old, new: tuple(torch.cat(pair, 2) for pair in zip(old, new, strict=True))
-            prefix_cache = (
-                [both(*pair) for pair in zip(prefix_cache, new, strict=True)]
-                if prefix_cache
-                else new
-            )
+            if prefix_cache:
+                # [2, K, 1, C, D] of each layer, behind what is there already.
+                layers = zip(prefix_cache, new, strict=True)
+                new = [torch.cat([torch.stack(a), torch.stack(b)], 3).unbind() for a, b in layers]
+            prefix_cache = new
         own = max(map(len, prompts)) - self.prefix
-        self.decode = _Decode(
-            prefix_cache, slots + 1, places + 1, G, own, self.prefix + own + T, device
-        )
+        longest = self.prefix + own + T
+        self.decode = _Decode(prefix_cache, slots + 1, places + 1, G, own, longest, device)
         self.quantum = max(1, places // G // 8)
 
     def forward(self, input_ids, position_ids, layout):
@@ -888,57 +834,51 @@ class _Sampler:
 
     def room(self):
         """How many waiting prompts are to be admitted now."""
-        groups = min(
-            len(self.free_places) // self.group_size,
-            len(self.free_slots),
-            len(self.prompts) - self.waiting,
-        )
+        left = len(self.prompts) - self.waiting
+        groups = min(len(self.free_places) // self.group_size, len(self.free_slots), left)
         # A prefill for few prompts is nearly as slow as one for many: wait until an eighth of the
         # places are free.
-        groups = (
-            groups
-            if groups >= min(self.quantum, len(self.prompts) - self.waiting) or not self.active
-            else 0
-        )
+        if self.active and groups < min(self.quantum, left):
+            return 0
         return min(groups, max(1, PREFILL_TOKENS // self.decode.prompt_width))
 
     def admit(self, groups):
-        """Prefill waiting prompts into free slots and draw the first token of each of their
-        answers.
-        """
-        G, device = self.group_size, self.model.device
+        """Prefill waiting prompts into free slots and draw their answers' first tokens."""
+        G = self.group_size
+        device = self.model.device
         as_tensor = lambda values: torch.tensor(values, dtype=torch.long, device=device)
         chosen = range(self.waiting, self.waiting + groups)
         slots, self.free_slots = self.free_slots[:groups], self.free_slots[groups:]
         places, self.free_places = self.free_places[: groups * G], self.free_places[groups * G :]
-        prefill = self.prefill(
-            [self.prompts[p][self.prefix :] for p in chosen], self.prefix, self.decode.prefix_cache
-        )
+        rows = [self.prompts[p][self.prefix :] for p in chosen]
+        prefill = self.prefill(rows, self.prefix, self.decode.prefix_cache)
         self.decode.store_prompts(as_tensor(slots), prefill)
         for i, place in enumerate(places):
-            self.active[place], self.slot_of[place] = self.time, slots[i // G]
+            self.active[place] = self.time
+            self.slot_of[place] = slots[i // G]
             self.left[slots[i // G]] += 1
         places_A = as_tensor(places)
         self.row[places_A] = torch.arange(chosen.start * G, chosen.stop * G, device=device)
         self.seat[places_A] = as_tensor([slot * G + g for slot in slots for g in range(G)])
         self.prompt_length[places_A] = (self.prefix + prefill.lengths_R).repeat_interleave(G)
         self.waiting = chosen.stop
-        self.leave(
-            places, self.draw(places_A, prefill.hidden_SD[prefill.last_R].repeat_interleave(G, 0))
-        )
+        hidden_AD = prefill.hidden_SD[prefill.last_R].repeat_interleave(G, 0)
+        self.leave(places, self.draw(places_A, hidden_AD))
 
     def choose(self, logits_AV, draws_A):
         return choose_tokens(logits_AV, draws_A, self.temperature)
 
     def draw(self, places_A, hidden_AD):
         """Draw the next token of each place; returns which rows are done, [A] booleans."""
-        rows, T = self.row[places_A], self.ids_NT.shape[1]
+        rows = self.row[places_A]
+        T = self.ids_NT.shape[1]
         at = self.lengths_N[rows].clamp(max=T - 1)  # the clamp is for idle rows
         logits_AV = self.model.get_output_embeddings()(hidden_AD)
         ids, logps = self.choose(logits_AV, self.draws_NT[rows, at])
         if self.label_ids_Y is not None:
             self.label_logits_NTY[rows, at] = logits_AV[:, self.label_ids_Y].float()
-        self.ids_NT[rows, at], self.logprobs_NT[rows, at] = ids, logps
+        self.ids_NT[rows, at] = ids
+        self.logprobs_NT[rows, at] = logps
         self.lengths_N[rows] = at + 1
         self.ended_N[rows] = ids == self.eos_id
         return (ids == self.eos_id) | (at + 1 == T)
@@ -950,36 +890,31 @@ class _Sampler:
                 slot = self.slot_of[place]
                 self.left[slot] -= 1
                 self.free_places.append(place)
-                self.free_slots += [] if self.left[slot] else [slot]
+                if not self.left[slot]:
+                    self.free_slots.append(slot)
                 del self.active[place]
 
     def decode_one(self, places_A):
-        """One token for each place. Of fixed shape and without a look at any value, so that a CUDA
-        graph can hold it.
-        """
+        """One token a place; of fixed shape, without a look at values: for CUDA graphs."""
         rows = self.row[places_A]
-        written = (self.lengths_N[rows] - 1).clamp(
-            min=0, max=self.decode.width - 1
-        )  # clamped for idle rows
+        written = self.lengths_N[rows] - 1
+        written = written.clamp(min=0, max=self.decode.width - 1)  # for idle rows
         self.decode.prepare(places_A, self.seat[places_A], written)
         position_ids = (self.prompt_length[places_A] + written)[None]
-        return self.draw(
-            places_A, self.forward(self.ids_NT[rows, written][None], position_ids, self.decode)
-        )
+        input_ids = self.ids_NT[rows, written][None]
+        return self.draw(places_A, self.forward(input_ids, position_ids, self.decode))
 
     def decode_in_graph(self, places):
-        """`decode_one` from a CUDA graph, captured once for each number of rows (a power of two)
-        and width of the cache.
-        """
-        size, idle = 1 << (len(places) - 1).bit_length(), self.decode.places - 1
+        """`decode_one` from a CUDA graph: one for each power of two of rows and cache width."""
+        size = 1 << (len(places) - 1).bit_length()
+        idle = self.decode.places - 1
         if size not in self.graphs:
             places_A = torch.full((size,), idle, device=self.model.device)
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
-                self.decode_one(
-                    places_A
-                )  # of idle rows: it allocates and tunes what a capture must not
+                # Of idle rows: it allocates and tunes what a capture must not.
+                self.decode_one(places_A)
             torch.cuda.current_stream().wait_stream(side)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
