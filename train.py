@@ -315,7 +315,7 @@ def rl(policy, sampling_model, optimizer, renderer, data, config, ranks, progres
     for step in progress.steps(config.rl_steps):
         started = time.perf_counter()
 
-        # Draw pairs, of which each rank takes its share, and sample a group of answers to each.
+        # 1. Draw pairs, of which each rank takes its share; sample a group of answers to each.
         pairs = draw_pairs(stages, step, config)
         share = ranks.share(len(pairs))
         batch = pairs[share]
@@ -324,18 +324,17 @@ def rl(policy, sampling_model, optimizer, renderer, data, config, ranks, progres
         answers = sampled.answers
         sampled_at = time.perf_counter()
 
-        # Parse, reward, and give each token the credit that its step earned.
+        # 2. Parse, reward, and give each token the credit that its step earned.
         traces = [[renderer.parse(answer) for answer in group] for group in answers]
         rewards_PG = reward_groups(batch, traces, ranks.device)
         clamp = config.advantage_clamp or None
         advantages_PG = sam.group_advantages(rewards_PG, config.normalize_std, clamp)
         advantages_N = advantages_PG.flatten()
         ends_NK, right_NK = judge_steps(batch, traces, renderer.task.boxes, ranks.device)
-        credit_A = sam.stepwise_credit(
-            advantages_N, ends_NK, right_NK, sampled.lengths_N, config.rule
-        )
+        lengths_N = sampled.lengths_N
+        credit_A = sam.stepwise_credit(advantages_N, ends_NK, right_NK, lengths_N, config.rule)
 
-        # Update. Each rank runs equally many micro-batches, the last ones of them may be empty.
+        # 3. Update. All ranks run equally many micro-batches; one without work runs empty ones.
         micro_batches = rollout.micro_batches(prompts, answers, config.max_tokens)
         micro_batches = ranks.equalize(micro_batches, rollout.EMPTY)
         num_tokens = ranks.sum(len(credit_A))
@@ -375,7 +374,7 @@ def rl(policy, sampling_model, optimizer, renderer, data, config, ranks, progres
             parallel.copy_weights(sampling_model, policy.model)
         updated_at = time.perf_counter()
 
-        # Log, and now and then evaluate.
+        # 4. Log, and now and then evaluate.
         record = {"stage": "rl", "step": step + 1, "loss": loss, "grad_norm": grad_norm, "lr": lr}
         record |= {"skipped": progress.skipped} | token_means(ranks.sum(totals))
         record |= rollout_record(sampled, traces, rewards_PG, advantages_N, credit_A, ranks)

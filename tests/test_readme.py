@@ -19,4 +19,5 @@ def test_code_beside_the_equations_is_in_the_files():
 
 def test_no_figure_is_left_open():
     """A placeholder that no run has filled."""
-    assert not re.findall(r"@[A-Z_]+@", (ROOT / "README.md").read_text(encoding="utf-8"))
+    for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        assert not re.findall(r"@[A-Z_]+@", path.read_text(encoding="utf-8")), path
