@@ -462,11 +462,12 @@ def ask_teacher(teacher, cache, prompts, ranks):
     quiet = True if ranks.rank else None
     for shard in tqdm(shards, desc="teacher", unit=f" x {cache.SHARD} pairs", disable=quiet):
         if cache.path(shard).exists():
-            continue
-        first = shard * cache.SHARD
-        mine = prompts[first : first + cache.SHARD]
-        tensors = teacher.grade(mine, first * teacher.config.samples)
-        cache.save(shard, tensors)
+            tensors = load_file(cache.path(shard))
+        else:
+            first = shard * cache.SHARD
+            mine = prompts[first : first + cache.SHARD]
+            tensors = teacher.grade(mine, first * teacher.config.samples)
+            cache.save(shard, tensors)
         asked += tensors["lengths_NM"].numel()
         well_formed += int((tensors["lengths_NM"] > 0).sum())
         if well_formed < 0.5 * asked:
@@ -485,6 +486,7 @@ def teach(teacher, pairs, teacher_hash, ranks):
     at least one reasoning is well-formed.
     """
     config = teacher.config
+    task = teacher.renderer.task
     prompts = teacher.renderer.prompts(pairs)
     try:
         rollout.fit_rows(prompts, config.samples, config.max_new_tokens, config.cache_tokens)
@@ -493,11 +495,11 @@ def teach(teacher, pairs, teacher_hash, ranks):
     texts = json.dumps([[pair["query"], pair["document"]] for pair in pairs])
     key = {
         "teacher": teacher_hash,
-        "criteria": teacher.renderer.task.criteria,
+        "task": [task.criteria, task.labels, task.steps, task.format],
         "pairs": hashlib.sha256(texts.encode()).hexdigest(),
         "shard": Cache.SHARD,
     }
-    if teacher.renderer.task.format == "reason-first" or config.loss in TOKEN_LOSSES:
+    if task.format == "reason-first" or config.loss in TOKEN_LOSSES:
         key["sampling"] = [config.samples, config.sampling_temperature, config.max_new_tokens]
     if ranks.rank == 0:
         Cache(config.cache, key)
@@ -880,6 +882,10 @@ def main():
     student.encode(pairs)
     for test in tests.values():
         student.encode(test)
+    try:
+        out.mkdir(parents=True, exist_ok=True)  # fails now, not after hours of the teacher's work
+    except OSError as error:
+        raise grm.TaskError(f"--out {out}: {error.strerror}") from None
 
     # Stage 1: what the teacher thinks
     start = time.perf_counter()

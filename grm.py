@@ -226,8 +226,8 @@ def _read_criteria(path):
 def _strings(path, head, name):
     """A list of the front matter, its integers as strings."""
     values = head.get(name, [])
-    wrong = [v for v in values if isinstance(v, bool) or not isinstance(v, str | int)]
-    if not isinstance(values, list) or wrong:
+    is_text = lambda value: isinstance(value, str | int) and not isinstance(value, bool)
+    if not isinstance(values, list) or not all(map(is_text, values)):
         raise TaskError(
             f"{path}: {name} must be a list of strings or integers; quote words such as yes and no"
         )

@@ -1,9 +1,10 @@
 """The README's table of distillation losses on the embedded task.
 
-    python docs/distillation.py --teacher runs/notes/model --out runs/losses        # about an hour on 2 CPU cores
+    python docs/distillation.py --teacher runs/notes/model --out runs/losses  # about an hour on 2 CPU cores
 
-Two students: the classifier of data/notes/student, and a causal Qwen3 of a quarter of the teacher's size (made here), which
-gives the label first or reasons like the teacher. Runs that are done are not done again. Writes OUT/table.md.
+Two students: the classifier of data/notes/student, and a causal Qwen3 of a quarter of the teacher's
+size (made here), which gives the label first or reasons like the teacher. Runs that are done are
+not done again. Writes OUT/table.md.
 """
 
 import argparse
@@ -14,8 +15,9 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-CAUSAL = ["--student", "CAUSAL", "--steps", 3000, "--lr", 2e-3]
-FURTHER = ["--student", "OUT/forward/model", "--steps", 500, "--lr", 3e-4]  # from the student of forward KL
+CAUSAL = ["--student", "OUT/causal", "--steps", 3000, "--lr", 2e-3]
+# From the student of forward KL.
+FURTHER = ["--student", "OUT/forward/model", "--steps", 500, "--lr", 3e-4]
 RUNS = {  # name: (what it is, flags)
     "gold": ("classifier, gold labels alone (4,500 pairs)", ["--loss", "gold"]),
     "label": ("classifier, label KL + 0.1 gold (the default)", []),
@@ -27,46 +29,66 @@ RUNS = {  # name: (what it is, flags)
     "forward": ("causal, reasons, forward KL", [*CAUSAL, "--loss", "forward"]),
     "reverse": ("causal, reasons, reverse KL", [*CAUSAL, "--loss", "reverse"]),
     "js": ("causal, reasons, Jensen-Shannon", [*CAUSAL, "--loss", "js"]),
-    "on-js": ("forward KL, then on-policy Jensen-Shannon", [*FURTHER, "--loss", "js", "--on_policy", 1]),
-    "on-reverse": ("forward KL, then on-policy reverse KL", [*FURTHER, "--loss", "reverse", "--on_policy", 1]),
-    "off-js": ("forward KL, then as long off-policy Jensen-Shannon", [*FURTHER, "--loss", "js"]),
+    "on-js": (
+        "forward KL, then on-policy Jensen-Shannon",
+        [*FURTHER, "--loss", "js", "--on_policy"],
+    ),
+    "on-reverse": (
+        "forward KL, then on-policy reverse KL",
+        [*FURTHER, "--loss", "reverse", "--on_policy"],
+    ),
+    "off-js": (
+        "forward KL, then as long off-policy Jensen-Shannon",
+        [*FURTHER, "--loss", "js"],
+    ),
 }
 
 
-def make_causal(out):
+def make_causal(folder):
     """A folder with the teacher's tokenizer and a Qwen3 of 3 layers of 64, without weights."""
-    folder = out / "causal"
-    if not folder.exists():
-        shutil.copytree(ROOT / "data" / "notes" / "model", folder)
-        config = json.loads((folder / "config.json").read_text())
-        config |= {"hidden_size": 64, "intermediate_size": 192, "head_dim": 16}
-        (folder / "config.json").write_text(json.dumps(config, indent=1))
-    return folder
+    shutil.copytree(ROOT / "data/notes/model", folder)
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    config |= {"hidden_size": 64, "intermediate_size": 192, "head_dim": 16}
+    path.write_text(json.dumps(config, indent=1))
+
+
+def distil(args, name, flags):
+    """One run into OUT/name, unless it is done; returns its student's metrics."""
+    out = args.out / name
+    if not (out / "summary.json").exists():
+        command = [sys.executable, ROOT / "distill.py", "--task", ROOT / "data/notes"]
+        command += ["--teacher", args.teacher, "--out", out]
+        command += [str(flag).replace("OUT", str(args.out)) for flag in flags]
+        with open(f"{out}.log", "w") as log:
+            code = subprocess.run(list(map(str, command)), stdout=log, stderr=log).returncode
+        if code:
+            sys.exit(f"{out}: failed, see {out}.log")
+    return json.loads((out / "summary.json").read_text())["student"]
 
 
 def main():
     """Run what is missing, then print and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--teacher", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    causal = make_causal(args.out)
-    lines = ["| student and loss | test_random | test_longtail | calibration error | ms a pair (64) |", "|---|---|---|---|---|"]
+    if not (args.out / "causal").exists():
+        make_causal(args.out / "causal")
+    lines = [
+        "| student and loss | test_random | test_longtail | calibration error | ms a pair (64) |",
+        "|---|---|---|---|---|",
+    ]
     for name, (what, flags) in RUNS.items():
-        out = args.out / name
-        if not (out / "summary.json").exists():
-            shutil.rmtree(out, ignore_errors=True)
-            flags = [str(flag).replace("CAUSAL", str(causal)).replace("OUT", str(args.out)) for flag in flags]
-            command = [sys.executable, ROOT / "distill.py", "--teacher", args.teacher, "--task", ROOT / "data" / "notes"]
-            with open(f"{out}.log", "w") as log:
-                code = subprocess.run([*map(str, command), "--out", str(out), *flags], stdout=log, stderr=log).returncode
-            if code:
-                sys.exit(f"{out}: failed, see {out}.log")
-        summary = json.loads((out / "summary.json").read_text())
-        tests, ms = summary["student"]["tests"], summary["student"]["ms_per_pair_batch_64"]
-        cells = [f"{tests[test]['accuracy']:.3f}" for test in ("test_random", "test_longtail")]
-        lines.append(f"| {what} | {' | '.join(cells)} | {tests['test_random']['ece']:.3f} | {ms:.3f} |")
+        scores = distil(args, name, flags)
+        test = scores["test_random"]
+        longtail = scores["test_longtail"]["accuracy"]
+        numbers = [test["accuracy"], longtail, test["ece"], test["ms_per_pair_batch_64"]]
+        cells = " | ".join(f"{x:.3f}" for x in numbers)
+        lines.append(f"| {what} | {cells} |")
         print(lines[-1], flush=True)
     (args.out / "table.md").write_text("\n".join(lines) + "\n")
 

@@ -1,18 +1,16 @@
 """The README's results: seeds x settings on the embedded task, as a table and a picture.
 
-    python docs/results.py --out runs/results                       # credit rules in the default setting, five seeds
-    python docs/results.py --out runs/results-lr --group_size 4 --lr 4e-4     # further flags go to train.py's RL stage
-    python docs/results.py --out runs/balance --sweep balance --rl_steps 480  # weights of the SFT loss beside RL
-    python docs/results.py --out runs/balance --sweep curriculum --rl_steps 480      # OUT may be shared: same SFT models
+    python docs/results.py --out runs/results                         # credit rules, five seeds
+    python docs/results.py --out runs/results-lr --group_size 4 --lr 4e-4     # flags of RL runs
+    python docs/results.py --out runs/balance --sweep balance --rl_steps 480  # SFT loss beside RL
 
-For each seed one SFT run, then from the same fine-tuned model one RL run for each setting. Runs that are done are not done
-again, so a stopped sweep goes on. Writes OUT/SWEEP.md and OUT/SWEEP.png.
+For each seed one SFT run, then from the same fine-tuned model one RL run for each setting. Runs
+that are done are not done again, so a stopped sweep goes on. Writes OUT/SWEEP.md and OUT/SWEEP.png.
 """
 
 import argparse
 import json
 import os
-import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -28,7 +26,13 @@ SWEEPS = {  # of each, the first setting is the one that the others are compared
         "SAM, final label": ["--step_targets", "final"],
     },
     "balance": {f"sft_coef {value}": ["--sft_coef", value] for value in (0, 0.01, 0.1, 1)},
-    "curriculum": {"sft_coef 0": [], "passrate": ["--curriculum", "passrate"]},  # the first: shared with "balance"
+}
+COLUMNS = {
+    "random": "test_random",
+    "longtail": "test_longtail",
+    "recall": "lowest recall of a label",
+    "entropy": "entropy, last tenth",
+    "no_signal": "groups without a signal",
 }
 
 
@@ -36,11 +40,11 @@ def run(out, threads, *flags):
     """One training run into `out`, unless it is done; its output goes to out.log."""
     if (out / "summary.json").exists():
         return
-    shutil.rmtree(out, ignore_errors=True)
-    command = [sys.executable, ROOT / "train.py", "--task", ROOT / "data" / "notes", "--out", out, *flags]
+    command = [sys.executable, ROOT / "train.py", "--task", ROOT / "data/notes", "--out", out]
+    command = list(map(str, [*command, *flags]))
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     with open(f"{out}.log", "w") as log:
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-        code = subprocess.run(list(map(str, command)), stdout=log, stderr=log, env=environment).returncode
+        code = subprocess.run(command, stdout=log, stderr=log, env=environment).returncode
     if code:
         sys.exit(f"{out}: failed, see {out}.log")
 
@@ -55,8 +59,8 @@ def one_seed(out, settings, seed, threads, flags):
     base = out / f"seed{seed}"
     base.mkdir(parents=True, exist_ok=True)
     run(base / "sft", threads, "--seed", seed, "--rl_steps", 0)
+    start = ["--model", base / "sft" / "sft", "--sft_steps", 0, "--eval_every", 0]
     for name, setting in settings.items():
-        start = ["--model", base / "sft" / "sft", "--sft_steps", 0, "--eval_every", 0]
         run(base / folder_of(name), threads, "--seed", seed, *start, *setting, *flags)
 
 
@@ -64,45 +68,53 @@ def read(out, settings, seeds):
     """{setting: {column: [a value, or for reward a list over steps, for each seed]}}."""
     results = {}
     for name in ("SFT alone", *settings):
-        rows = {column: [] for column in ("random", "longtail", "recall", "entropy", "no_signal", "reward")}
+        rows = {column: [] for column in (*COLUMNS, "reward")}
         for seed in seeds:
             base = out / f"seed{seed}" / ("sft" if name == "SFT alone" else folder_of(name))
             last = list(json.loads((base / "summary.json").read_text()).values())[-1]
             rows["random"].append(last["test_random"]["accuracy"])
             rows["longtail"].append(last["test_longtail"]["accuracy"])
-            classes = [counts for test in last.values() for counts in test["classes"].values() if counts["gold"]]
-            rows["recall"].append(min(counts["right"] / counts["gold"] for counts in classes))
-            records = [json.loads(line) for line in (base / "metrics.jsonl").read_text().splitlines()]
-            records = [r for r in records if r["stage"] == "rl"]
+            rows["recall"].append(min(x for test in last.values() for x in test["recall"].values()))
+            lines = (base / "metrics.jsonl").read_text().splitlines()
+            records = [record for record in map(json.loads, lines) if record["stage"] == "rl"]
             if records:
+                last_tenth = records[-len(records) // 10 :]
                 rows["reward"].append([r["reward"] for r in records])
-                rows["entropy"].append(np.mean([r["entropy"] for r in records[-len(records) // 10 :]]))
+                rows["entropy"].append(np.mean([r["entropy"] for r in last_tenth]))
                 rows["no_signal"].append(np.mean([r["frac_zero_std"] for r in records]))
         results[name] = rows
     return results
 
 
+def cell(values, sign=""):
+    """Mean and standard deviation over seeds, for a table."""
+    if not len(values):
+        return "-"
+    deviation = np.std(values, ddof=1) if len(values) > 1 else 0
+    return f"{np.mean(values):{sign}.3f} ± {deviation:.3f}"
+
+
 def table(results, first):
-    """The results as a Markdown table, mean ± standard deviation over seeds. All settings start from the same fine-tuned
-    models, so the last column is paired: the difference to the first setting in mean accuracy over training, by seed."""
+    """The results as a Markdown table, mean ± standard deviation over seeds.
 
-    def cell(values, sign=""):
-        return f"{np.mean(values):{sign}.3f} ± {np.std(values, ddof=1) if len(values) > 1 else 0:.3f}" if len(values) else "-"
-
-    columns = {"random": "test_random", "longtail": "test_longtail", "recall": "lowest recall of a label"}
-    columns |= {"entropy": "entropy, last tenth", "no_signal": "groups without a signal"}
-    head = ["", *columns.values(), "mean over training", f"its difference to {first}"]
+    All settings start from the same fine-tuned models, so the last column is paired: the difference
+    to the first setting in mean accuracy over training, by seed.
+    """
+    head = ["", *COLUMNS.values(), "mean over training", f"its difference to {first}"]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    of_first = np.array([np.mean(r) for r in results[first]["reward"]])
+    of_first = np.array([np.mean(rewards) for rewards in results[first]["reward"]])
     for name, rows in results.items():
-        over = np.array([np.mean(r) for r in rows["reward"]])
+        over = np.array([np.mean(rewards) for rewards in rows["reward"]])
         difference = cell(over - of_first, "+") if len(over) and name != first else "-"
-        lines.append("| " + " | ".join([name, *(cell(rows[c]) for c in columns), cell(over), difference]) + " |")
+        cells = [name, *(cell(rows[column]) for column in COLUMNS), cell(over), difference]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
 def draw(results, path):
-    """Sampled accuracy over training: mean over seeds in a moving window, and the band of one standard deviation."""
+    """Sampled accuracy over training: mean over seeds in a moving window, and the band of one
+    standard deviation.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -114,10 +126,13 @@ def draw(results, path):
             continue
         rewards = np.array(rows["reward"])
         window = max(1, rewards.shape[1] // 15)
-        smooth = np.array([np.convolve(row, np.ones(window) / window, "valid") for row in rewards])
+        kernel = np.ones(window) / window
+        smooth = np.array([np.convolve(row, kernel, "valid") for row in rewards])
         steps = np.arange(smooth.shape[1]) + window
-        axis.plot(steps, smooth.mean(0), label=name)
-        axis.fill_between(steps, smooth.mean(0) - smooth.std(0), smooth.mean(0) + smooth.std(0), alpha=0.2)
+        mean = smooth.mean(0)
+        band = smooth.std(0)
+        axis.plot(steps, mean, label=name)
+        axis.fill_between(steps, mean - band, mean + band, alpha=0.2)
     axis.set(xlabel="RL step", ylabel=f"accuracy of sampled answers (mean of {window} steps)")
     axis.grid(alpha=0.3)
     axis.legend()
@@ -126,13 +141,16 @@ def draw(results, path):
 
 def main():
     """Run what is missing, then print and write the table and the picture."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--sweep", choices=SWEEPS, default="rules")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--jobs", type=int, default=2, help="seeds trained at a time; they share the cores")
+    parser.add_argument("--jobs", type=int, default=2, help="seeds trained at a time")
     args, flags = parser.parse_known_args()
-    threads, settings = max(1, (os.cpu_count() or 1) // args.jobs), SWEEPS[args.sweep]
+    settings = SWEEPS[args.sweep]
+    threads = max(1, (os.cpu_count() or 1) // args.jobs)
     with ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(lambda seed: one_seed(args.out, settings, seed, threads, flags), args.seeds))
     results = read(args.out, settings, args.seeds)

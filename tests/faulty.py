@@ -3,10 +3,10 @@
 FAULTS is a JSON list; each start of the job takes the next one (by torchrun's restart count), and none when they are used up.
 
     {"do": "kill", "in": "sample", "call": 3, "after": 0.02, "rank": 1}
-        SIGKILL 0.02 seconds into rank 1's third sampling; "in" is sample, backward, save (tensors), complete or export
+        SIGKILL 0.02 seconds into rank 1's third sampling; "in" is one of PLACES
     do: kill, term, stop (a rank that hangs), raise, nan (in the gradient, at this call and, with "times", the following)
 
-Each resumption appends to OUT.resumed how many finished lines of metrics.jsonl it does again.
+Each restart appends to OUT.resumed how many finished lines of metrics.jsonl it does again.
 """
 
 import json
@@ -14,13 +14,13 @@ import os
 import signal
 import sys
 import threading
-import time
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import grm
 import parallel
 import rollout
 import train
@@ -28,11 +28,13 @@ import train
 torch.set_num_threads(1)
 PLACES = {
     "sample": (rollout, "sample"),
-    "backward": (train.Run, "backward"),
+    "forward": (rollout.Policy, "forward"),  # the backward pass and the update follow
+    "update": (parallel.Progress, "optimizer_step"),
     "save": (parallel, "save_tensors"),
     "complete": (parallel.Checkpoints, "_complete"),
-    "export": (train.Run, "export"),
+    "export": (train, "export"),
 }
+SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "stop": signal.SIGSTOP}
 
 
 def inject(fault):
@@ -40,39 +42,36 @@ def inject(fault):
     owner, name = PLACES[fault["in"]]
     original, calls = getattr(owner, name), []
 
-    def signal_later(number):
-        time.sleep(fault.get("after", 0))
-        os.kill(os.getpid(), number)
-
     def faulty(*args, **kwargs):
         calls.append(1)
-        hit = fault["call"] <= len(calls) < fault["call"] + fault.get("times", 1)
-        signals = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "stop": signal.SIGSTOP}
-        if hit and fault["do"] in signals:
-            threading.Thread(target=signal_later, args=[signals[fault["do"]]], daemon=True).start()
-        if hit and fault["do"] == "raise":
-            raise RuntimeError("injected")
-        out = original(*args, **kwargs)
-        if hit and fault["do"] == "nan":
-            grad = next(args[0].model.parameters()).grad
-            (grad.to_local() if parallel.is_sharded(grad) else grad).fill_(float("nan"))
-        return out
+        if fault["call"] <= len(calls) < fault["call"] + fault.get("times", 1):
+            if fault["do"] == "raise":
+                raise RuntimeError("injected")
+            if fault["do"] == "nan":
+                grad = next(args[1].parameters()).grad
+                (grad.to_local() if parallel.is_sharded(grad) else grad).fill_(float("nan"))
+            elif "after" in fault:
+                threading.Timer(fault["after"], os.kill, [os.getpid(), SIGNALS[fault["do"]]]).start()
+            else:
+                os.kill(os.getpid(), SIGNALS[fault["do"]])
+        return original(*args, **kwargs)
 
     setattr(owner, name, faulty)
 
 
 def count_lost():
-    """Let each resumption note how many lines of metrics.jsonl it forgets."""
-    original = train.Run.go_back
+    """Let each restart note how many lines of metrics.jsonl it forgets."""
+    original = parallel.Progress._truncate_logs
 
-    def go_back(self, path, sizes):
+    def truncate_logs(self, sizes):
         log = self.out / "metrics.jsonl"
-        before = len(log.read_bytes().splitlines())
-        original(self, path, sizes)
-        with open(f"{self.out}.resumed", "a") as file:
-            file.write(f"{before - len(log.read_bytes().splitlines())}\n")
+        before = log.read_bytes() if log.exists() else None
+        original(self, sizes)
+        if before is not None:
+            with open(f"{self.out}.resumed", "a") as file:
+                file.write(f"{len(before.splitlines()) - len(log.read_bytes().splitlines())}\n")
 
-    train.Run.go_back = go_back
+    parallel.Progress._truncate_logs = truncate_logs
 
 
 if __name__ == "__main__":
@@ -80,4 +79,4 @@ if __name__ == "__main__":
     if attempt < len(faults) and faults[attempt].get("rank", 0) == int(os.environ.get("RANK", 0)):
         inject(faults[attempt])
     count_lost()
-    train.main()
+    parallel.launch(train.main, errors=(grm.TaskError,))

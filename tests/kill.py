@@ -2,34 +2,33 @@
 
     python tests/kill.py --kills 20 --ranks 2          # some minutes; prints what was killed when, then the comparison
 
-The kills fall in turn into sampling, update, the writing of a checkpoint's tensors and of its state, and the export, at a
-random call and a random moment within it. `torchrun --max-restarts` picks the run up. Exits with 1 if metrics.jsonl or
-summary.json differ from the undisturbed run's, or if a resumption lost more finished steps than --save_every.
+The kills fall in turn into sampling, update, and the writing of a checkpoint's tensors and of its state, at a random call
+and a random moment within it; the last one into the export. `torchrun --max-restarts` picks the run up. Exits with 1 if
+metrics.jsonl or summary.json differ from the undisturbed run's, or if a restart lost more finished steps than --save_every.
 """
 
 import argparse
 import json
 import os
 import random
-import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-PHASES = {"sample": 0.08, "backward": 0.08, "save": 0.03, "complete": 0.01}  # and about how many seconds each takes
+PHASES = {"sample": 0.08, "forward": 0.08, "save": 0.03, "complete": 0.01}  # and about how many seconds each takes
 
 
 def plan(kills, ranks, seed):
     """The list of faults, for tests/faulty.py."""
     rng, out = random.Random(seed), []
-    for i in range(kills):
+    for i in range(kills - 1):
         phase = list(PHASES)[i % len(PHASES)]
         rank = 0 if phase == "complete" else rng.randrange(ranks)
-        call = rng.randint(1, 3) if phase in ("sample", "backward") else rng.randint(1, 2)
+        call = rng.randint(1, 3) if phase in ("sample", "forward") else rng.randint(1, 2)
         out.append({"do": "kill", "in": phase, "call": call, "after": rng.uniform(0, PHASES[phase]), "rank": rank})
-    return out
+    return [*out, {"do": "kill", "in": "export", "call": 1, "after": 0.005, "rank": 0}]
 
 
 def run(out, faults, ranks, flags):
@@ -55,23 +54,22 @@ def compare(folder, kills, ranks, seed, flags, save_every):
     lost = [int(line) for line in (folder / "killed.resumed").read_text().split()]
     for i, fault in enumerate(faults):
         print(f"kill {i + 1}: rank {fault['rank']}, {fault['in']} call {fault['call']}, {fault['after'] * 1000:.0f} ms into it")
-    print(f"resumed from a checkpoint {len(lost)} times; finished steps done again: {lost}")
+    print(f"started again {len(lost)} times; finished steps done again: {lost}")
+    if len(lost) < kills:
+        problems.append(f"only {len(lost)} of {kills} kills happened")
     return problems + [f"{steps} finished steps lost" for steps in lost if steps > save_every]
 
 
 def main():
     """Kill, compare, say so."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--ranks", type=int, default=1)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--save_every", type=int, default=2)
+    for name, default in {"kills": 20, "ranks": 1, "seed": 0, "save_every": 2}.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
     args, flags = parser.parse_known_args()
     small = ["--task", HERE.parent / "data" / "notes", "--sft_steps", 30, "--rl_steps", 30, "--eval_every", 0, "--sft_batch", 8]
     small += ["--prompts_per_step", 4, "--group_size", 4]
-    folder = Path(tempfile.mkdtemp())
-    problems = compare(folder, args.kills, args.ranks, args.seed, [*small, *flags], args.save_every)
-    shutil.rmtree(folder)
+    with tempfile.TemporaryDirectory() as folder:
+        problems = compare(Path(folder), args.kills, args.ranks, args.seed, [*small, *flags], args.save_every)
     sys.exit("\n".join(problems) or print("metrics.jsonl and summary.json are those of the run that was left alone"))
 
 

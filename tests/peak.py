@@ -1,4 +1,4 @@
-"""Peak memory of two micro-batches and an optimizer step on CPU, beside what parallel.memory_plan says.
+"""Peak memory of two micro-batches and an optimizer step on CPU, beside what docs/plan.py says.
 
     python tests/peak.py              # four models and settings, each in a process of its own
 
@@ -34,45 +34,46 @@ def resident(key):
 
 def measure(settings, tokens, checkpointing):
     """{"measured": bytes, "planned": bytes} of training steps, in this process."""
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    root = Path(__file__).resolve().parent.parent
+    sys.path[:0] = [str(root), str(root / "docs")]
     import torch
+    from plan import memory_plan
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    import parallel
     import rollout
     import train
 
     torch.set_num_threads(1)
 
-    def step(model, optimizer, tokens):
+    def step(policy, optimizer, tokens):
         groups = max(1, tokens // 352)  # of 32 own prompt tokens and 8 answers of 40
         tree = rollout.Tree([[5] * 96 + [7 + i] * 32 for i in range(groups)], [[[9] * 40] * 8] * groups)
-        optimizer.zero_grad()
         for _ in range(2):
-            logprobs_A, _ = rollout.token_logprobs(rollout.answer_hidden(model, tree), model.lm_head, tree.targets_A)
+            logprobs_A, _ = policy(tree)
             (-logprobs_A.mean()).backward()
         optimizer.step()
+        optimizer.zero_grad()
         return tree.input_ids.numel()
 
     def make(**changes):
         config = AutoConfig.for_model("qwen3", **settings | changes)
         model = rollout.use_tree_attention(AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval())
-        return model, torch.optim.AdamW(model.parameters())
+        return rollout.Policy(model), torch.optim.AdamW(model.parameters())
 
     step(*make(vocab_size=200, hidden_size=32, intermediate_size=32, num_hidden_layers=1), 500)  # loads what torch loads once
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     before = resident("VmRSS")
-    model, optimizer = make()
+    policy, optimizer = make()
     if checkpointing:
-        train.checkpoint_layers(model)
-    step(model, optimizer, 300)  # makes AdamW's moments
-    used = step(model, optimizer, tokens)
+        train.checkpoint_layers(policy.model)
+    step(policy, optimizer, 300)  # makes AdamW's moments
+    used = step(policy, optimizer, tokens)
     measured = resident("VmHWM") - before
     with torch.device("meta"):
         skeleton, _ = make()
-    plan = parallel.memory_plan(skeleton, half=False, max_tokens=used, cache_tokens=1, checkpointing=checkpointing)
-    return {"measured": measured, "planned": plan["peak"]}
+    planned = memory_plan(skeleton.model, bf16=False, max_tokens=used, cache_tokens=1, activation_checkpointing=checkpointing)
+    return {"measured": measured, "planned": planned["peak"]}
 
 
 def measure_apart(case):
@@ -88,8 +89,5 @@ if __name__ == "__main__":
         print(json.dumps(measure(*json.loads(sys.argv[1]))))
     else:
         for name, case in CASES.items():
-            sizes = measure_apart(case)
-            ratio = sizes["planned"] / sizes["measured"]
-            print(
-                f"{name:<50}measured {sizes['measured'] / 1e6:6.0f} MB, planned {sizes['planned'] / 1e6:6.0f} MB: {ratio:.2f}"
-            )
+            measured, planned = (size / 1e6 for size in measure_apart(case).values())
+            print(f"{name:<50}measured {measured:6.0f} MB, planned {planned:6.0f} MB: {planned / measured:.2f}")

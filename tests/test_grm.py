@@ -1,11 +1,13 @@
 """grm.py: what a task folder may hold, one prompt from every path, the parser on token ids, metrics, loading and scoring."""
 
 import ast
+import copy
 import functools
-import importlib.util
 import json
 import os
+import runpy
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,17 +16,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import NOTES, ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sklearn.metrics import accuracy_score, cohen_kappa_score, f1_score, ndcg_score
+from naive import PaddedEngine
+from sklearn.metrics import accuracy_score, cohen_kappa_score, confusion_matrix, f1_score, ndcg_score, recall_score
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 import grm
-from grm import PaddedEngine, Task, TaskError, TokenTask, judge, load_model, metrics
+import rollout
+from grm import Renderer, Task, TaskError, judge, load_model, metrics
 
-ROOT = Path(grm.__file__).parent
-NOTES = ROOT / "data" / "notes"
 GRADES = ["-1", "0", "1", "2", "3"]
 QUICK = settings(max_examples=50, deadline=None, derandomize=True)
 
@@ -45,32 +48,26 @@ ESCAPES += ["<end_of_turn>", "<unk>", "<<grm:document>>", "<<grm:answer>>", "<0x
 # Three tokenizers -----------------------------------------------------------------------------------------------------
 
 
+def wrapped(backend, template, **names):
+    """A tokenizer as transformers loads it from a folder."""
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **names)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
 def byte_level_bpe(lines=()):
     """As Qwen's: byte-level BPE, special tokens, and added tokens that are not special."""
-    text = [
-        "a warm winter coat 3 for winter 3 in oslo close the step with \\boxed{grade}",
-        "同城冬天的咖啡 咖啡馆 😀👍🏽 \\boxed{label}",
-    ]
+    text = ["a warm winter coat 3 for winter 3 in oslo close the step with \\boxed{grade}"]
+    text += ["同城冬天的咖啡 咖啡馆 😀👍🏽 \\boxed{label}"]
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=340,
-        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
+    special, alphabet = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=340, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
     backend.train_from_iterator([*text, *lines] * 3, trainer)
     backend.add_tokens([AddedToken(token, special=False, normalized=False) for token in ("<think>", "</think>")])
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        additional_special_tokens=["<|im_start|>"],
-        clean_up_tokenization_spaces=False,
-    )
-    tokenizer.chat_template = CHATML
-    return tokenizer
+    pad, start, end = special
+    return wrapped(backend, CHATML, eos_token=end, pad_token=pad, additional_special_tokens=[start])
 
 
 def unigram():
@@ -84,16 +81,8 @@ def unigram():
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
     parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     backend.decoder = decoders.Sequence(parts)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        bos_token="<bos>",
-        eos_token="<eos>",
-        unk_token="<unk>",
-        additional_special_tokens=["<start_of_turn>", "<end_of_turn>"],
-        clean_up_tokenization_spaces=False,
-    )
-    tokenizer.chat_template = NO_SYSTEM
-    return tokenizer
+    names = {"bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>", "additional_special_tokens": special[3:]}
+    return wrapped(backend, NO_SYSTEM, **names)
 
 
 @functools.cache
@@ -102,11 +91,7 @@ def notes():
     return load_model(NOTES / "model", "cpu")
 
 
-def words():
-    """The embedded task's word-level tokenizer."""
-    return notes()[1]
-
-
+words = lambda: notes()[1]  # word-level
 TOKENIZERS = {"words": words, "bpe": byte_level_bpe, "unigram": unigram}
 EACH = pytest.mark.parametrize("name", TOKENIZERS)
 
@@ -117,8 +102,8 @@ def make_task(labels=GRADES, steps=("topic", "constraints", "promotion"), format
 
 
 @functools.cache
-def make_tokens(name, labels=tuple(GRADES), format="reason-first"):
-    return TokenTask(make_task(labels, format=format), TOKENIZERS[name]())
+def make_renderer(name, labels=tuple(GRADES), format="reason-first"):
+    return Renderer(make_task(labels, format=format), TOKENIZERS[name]())
 
 
 def answer(*labels, texts=("topic", "the winter", "a winter")):
@@ -139,9 +124,8 @@ def write_task(folder, body="Close with \\boxed{grade}.", **changes):
 def test_load_reads_the_front_matter(tmp_path):
     """Integer labels that stay integers and never equal a parsed label; a rule of --- in the body taken for the end."""
     task = Task.load(write_task(tmp_path, "Use \\boxed{grade}.\n\n---\n\nBe strict.", labels="[-1, 0, 1]", relevant="[1]"))
-    assert (task.labels, task.relevant, task.steps) == (["-1", "0", "1"], ["1"], ["topic", "all"])
+    assert (task.labels, task.relevant) == (["-1", "0", "1"], ["1"]) and task.steps == task.boxes == ["topic", "all"]
     assert task.criteria == "Use \\boxed{grade}.\n\n---\n\nBe strict."
-    assert task.boxes == ["topic", "all"]
     assert Task.load(write_task(tmp_path, format="answer-first")).boxes == ["label", "topic", "all"]
 
 
@@ -164,6 +148,8 @@ def test_load_reads_the_front_matter(tmp_path):
         ({"steps": "[topic, topic]"}, "steps must not repeat"),
         ({"steps": "[]"}, "needs at least one step"),
         ({"steps": "topic"}, "steps must be a list"),
+        ({"steps": ""}, "steps must be a list"),
+        ({"relevant": "1"}, "relevant must be a list"),
         ({"format": "backwards"}, "format must be one of reason-first, answer-first, not 'backwards'"),
         ({"format": None}, "format must be one of"),
         ({"body": "Close every step with a box."}, "must tell the model to close each step"),
@@ -191,17 +177,17 @@ def test_load_needs_a_readable_criteria_file(tmp_path):
     with pytest.raises(TaskError, match=r"criteria\.md: not found; --task names a folder"):
         Task.load(tmp_path)
     (tmp_path / "criteria.md").write_bytes(b"---\nlabels: [1, 2]\nsteps: [a]\nformat: reason-first\n---\n\xff \\boxed{1}")
-    with pytest.raises(TaskError, match=r"criteria\.md"):
+    with pytest.raises(TaskError, match=r"criteria\.md: not UTF-8"):
         Task.load(tmp_path)
 
 
 GOOD = {"query": "q", "document": "d", "label": "1"}
 
 
-def read_lines(folder, *lines, fields=("label",), **changes):
+def read_lines(folder, *lines, required=("label",), **changes):
     data = [line if isinstance(line, bytes) else json.dumps(line).encode() for line in lines]
     (folder / "x.jsonl").write_bytes(b"\n".join(data) + b"\n")
-    return Task.load(write_task(folder, **changes)).read(folder / "x.jsonl", fields)
+    return Task.load(write_task(folder, **changes)).read(folder / "x.jsonl", required)
 
 
 def test_read_returns_records_with_their_place(tmp_path):
@@ -261,19 +247,18 @@ def test_read_names_all_bad_lines_at_once(tmp_path):
     assert len(str(caught.value).split("\n")) == 21 and str(caught.value).endswith("... and 5 more")
 
 
-def test_read_fields_and_empty_files(tmp_path):
+def test_read_requires_fields_and_pairs(tmp_path):
     """A demonstration without its response, a file without pairs that trains on nothing, step_labels without label's box."""
-    with pytest.raises(TaskError, match="'response' is missing"):
-        read_lines(tmp_path, GOOD, fields=("response",))
-    assert read_lines(tmp_path, {**GOOD, "label": None}, fields=())[0].keys() == {"query", "document", "where"}
-    with pytest.raises(TaskError, match="unknown label 9"):
-        read_lines(tmp_path, {**GOOD, "label": 9}, fields=())
-    with pytest.raises(TaskError, match="3 labels, for label, topic, all"):
-        read_lines(tmp_path, {**GOOD, "step_labels": ["1", "1"]}, format="answer-first")
-    with pytest.raises(TaskError, match="unknown label True"):
-        read_lines(tmp_path, {**GOOD, "label": True}, labels='["True", "1"]')
-    with pytest.raises(TaskError, match="holds no pairs"):
-        read_lines(tmp_path, b"", b" ")
+    assert read_lines(tmp_path, {**GOOD, "label": None}, required=())[0].keys() == {"query", "document", "where"}
+    for message, line, how in (
+        ("'response' is missing", GOOD, {"required": ("response",)}),
+        ("unknown label 9", {**GOOD, "label": 9}, {"required": ()}),
+        ("3 labels, for label, topic, all", {**GOOD, "step_labels": ["1", "1"]}, {"format": "answer-first"}),
+        ("unknown label True", {**GOOD, "label": True}, {"labels": '["True", "1"]'}),
+        ("holds no pairs", b" ", {}),
+    ):
+        with pytest.raises(TaskError, match=message):
+            read_lines(tmp_path, line, b"", **how)
     with pytest.raises(TaskError, match=r"absent\.jsonl: not found"):
         Task.load(tmp_path).read(tmp_path / "absent.jsonl")
 
@@ -283,19 +268,16 @@ def test_read_fields_and_empty_files(tmp_path):
 
 @functools.cache
 def notes_files():
-    """The embedded task, its four files as records, and its token task."""
+    """The embedded task, its four files as records, and its renderer."""
     task = Task.load(NOTES)
-    fields = {"sft": ("response",), "train": ("label",), "test_random": ("label",), "test_longtail": ("label",)}
-    files = {name: task.read(NOTES / f"{name}.jsonl", fields[name]) for name in fields}
-    return task, files, TokenTask(task, words(), 512)
+    required = {"sft": ("response",), "train": ("label",), "test_random": ("label",), "test_longtail": ("label",)}
+    files = {name: task.read(NOTES / f"{name}.jsonl", required[name]) for name in required}
+    return task, files, Renderer(task, words(), 512, 64)
 
 
 def test_notes_is_made_byte_for_byte(tmp_path):
     """Files edited by hand, or made in the order of a set, which differs from run to run."""
-    spec = importlib.util.spec_from_file_location("make_notes", NOTES / "make.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    module.make(tmp_path / "new")
+    runpy.run_path(str(NOTES / "make.py"))["make"](tmp_path / "new")
     made = [path for path in (tmp_path / "new").rglob("*") if path.is_file()]
     names = {str(path.relative_to(tmp_path / "new")) for path in made}
     assert names >= {"criteria.md", "sft.jsonl", "train.jsonl", "test_random.jsonl", "test_longtail.jsonl"}
@@ -319,26 +301,26 @@ def test_notes_sizes_and_no_leak():
 def test_notes_prompts_hold_the_criteria_and_no_unknown_word():
     """Criteria dropped by a chat template, words of the task that the word-level tokenizer does not know, or a prompt that
     leaves the model's context no room for an answer."""
-    task, files, tokens = notes_files()
+    task, files, renderer = notes_files()
     criteria = words()(task.criteria, add_special_tokens=False).input_ids
     assert words().unk_token_id not in criteria and len(criteria) > 100
     for records in files.values():
-        for prompt in tokens.prompts(records):
+        for prompt in renderer.prompts(records):
             at = next(i for i in range(len(prompt)) if prompt[i : i + len(criteria)] == criteria)
             assert at < 5 and words().unk_token_id not in prompt and len(prompt) < 300
-    assert tokens.truncated == 0
+    assert renderer.truncated == 0
 
 
 def test_notes_demonstrations_parse():
     """Demonstrations in a form that the parser refuses: the warm-up would teach answers that RL then never rewards."""
-    task, files, tokens = notes_files()
+    task, files, renderer = notes_files()
     seen = set()
     for record in files["sft"]:
-        ids = tokens.response(record["response"])
-        trace = tokens.parse(ids)
+        ids = renderer.response(record["response"])
+        trace = renderer.parse(ids)
         assert trace.problem is None and len(trace.steps) == 3 and len(ids) <= 64
         assert words().unk_token_id not in ids
-        assert all(ids[s.label_at] == tokens.label_ids[task.labels.index(s.label)] for s in trace.steps)
+        assert all(ids[s.label_at] == renderer.label_ids[task.labels.index(s.label)] for s in trace.steps)
         seen.add(trace.label)
     assert seen == set(task.labels)
     for name in ("train", "test_random", "test_longtail"):
@@ -362,98 +344,100 @@ GOLDEN_IDS = [
 
 
 class ScriptedEngine:
-    """Says what it is told and remembers what it was asked."""
+    """Says what it is told, with other logits at every position, and remembers what it was asked."""
 
-    def __init__(self, answers=(), logits=None):
-        self.answers, self.logits, self.prompts, self.sequences = list(answers), logits, None, None
+    def __init__(self, answers=()):
+        self.answers, self.prompts, self.sequences = list(answers), None, []
+        self.written = [torch.randn(len(ids), 5) for ids in self.answers]
+        self.next = torch.randn(9, 5)
 
     def generate(self, prompts):
         self.prompts = prompts
-        return self.answers
+        return self.answers, self.written
 
-    def label_logits(self, sequences, label_ids):
-        self.sequences = sequences
-        return torch.zeros(len(sequences), len(label_ids)) if self.logits is None else self.logits
+    def label_logits(self, prompts):
+        self.sequences += prompts
+        return self.next[: len(prompts)]
+
+
+def check_probs(result, logits_Y):
+    assert list(result["probs"].values()) == pytest.approx(torch.softmax(logits_Y, -1).tolist())
 
 
 def test_golden_prompt_from_every_path():
     """Training and scoring with prompts that differ by a space or a line break, and any silent change of either."""
-    _, _, tokens = notes_files()
-    assert tokens.prompt(**GOLDEN_PAIR) == GOLDEN_IDS
-    assert tokens.prompts([GOLDEN_PAIR, GOLDEN_PAIR]) == [GOLDEN_IDS, GOLDEN_IDS]
-    engine = ScriptedEngine([tokens.response(answer("3", "2", "1"))])
-    judge(tokens, engine, [GOLDEN_PAIR])
-    assert engine.prompts == [GOLDEN_IDS]
-    assert engine.sequences[0][: len(GOLDEN_IDS)] == GOLDEN_IDS
+    _, _, renderer = notes_files()
+    assert renderer.prompt(**GOLDEN_PAIR) == GOLDEN_IDS
+    assert renderer.prompts([GOLDEN_PAIR, GOLDEN_PAIR]) == [GOLDEN_IDS, GOLDEN_IDS]
+    engine = ScriptedEngine([renderer.response(answer("3", "2", "1")), [*renderer.opening, renderer.eos_id]])
+    judge(renderer, engine, [GOLDEN_PAIR, GOLDEN_PAIR])
+    assert engine.prompts == [GOLDEN_IDS, GOLDEN_IDS]
+    assert engine.sequences == [[*GOLDEN_IDS, *renderer.opening, *renderer.opening]]
 
 
 @EACH
 def test_prompt_reads_as_the_template_renders_it(name):
     """Pieces of the template glued with a lost or doubled line break, or in another order."""
-    tokens = make_tokens(name)
-    text = tokens.decode(tokens.prompt("winter", "the winter"))
-    task, user = tokens.task, "Query: winter\nDocument: the winter"
+    renderer = make_renderer(name)
+    text = renderer.decode(renderer.prompt("winter", "the winter"))
+    task, user = renderer.task, "Query: winter\nDocument: the winter"
     messages = [{"role": "system", "content": task.criteria}, {"role": "user", "content": user}]
     if name == "unigram":
         messages = [{"role": "user", "content": f"{task.criteria}\n\n{user}"}]
-    expected = tokens.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    expected = renderer.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     if name == "bpe":
         assert text == expected
     if name == "words":
-        assert tokens.prompt("winter", "the winter") == words()(expected, add_special_tokens=False).input_ids
+        assert renderer.prompt("winter", "the winter") == words()(expected, add_special_tokens=False).input_ids
     assert "".join(text.split()) == "".join(expected.lower().split() if name == "words" else expected.split())
 
 
 def test_end_of_turn_is_the_template_s():
     """An answer closed by the tokenizer's eos where the chat model ends its turn with another token: it never stops."""
     for name, end in {"words": "<|im_end|>", "bpe": "<|im_end|>", "unigram": "<end_of_turn>"}.items():
-        tokens = make_tokens(name)
-        assert tokens.eos_id == tokens.tokenizer.convert_tokens_to_ids(end)
-        assert tokens.response("winter")[-1] == tokens.eos_id
+        renderer = make_renderer(name)
+        assert renderer.response("winter")[-1] == renderer.eos_id == renderer.tokenizer.convert_tokens_to_ids(end)
     tokenizer = byte_level_bpe()
     tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
-    assert TokenTask(make_task(), tokenizer).eos_id == tokenizer.eos_token_id
+    assert Renderer(make_task(), tokenizer).eos_id == tokenizer.eos_token_id
     tokenizer.eos_token = None
     with pytest.raises(TaskError, match="no end-of-sequence token"):
-        TokenTask(make_task(), tokenizer)
+        Renderer(make_task(), tokenizer)
 
 
-def test_chat_templates_that_cannot_be_used():
-    """No template (a base model), or one that drops the criteria without a word."""
-    tokenizer = byte_level_bpe()
-    tokenizer.chat_template = None
+def test_chat_templates_that_cannot_be_used(tmp_path):
+    """No template (a base model's folder) and one made up by a library, or one that drops the criteria without a word."""
+    folder = copy_model(tmp_path)
+    (folder / "chat_template.jinja").unlink()
+    _, tokenizer = load_model(folder, "cpu")
     with pytest.raises(TaskError, match="no chat template"):
-        TokenTask(make_task(), tokenizer)
+        Renderer(make_task(), tokenizer)
     silent = "{% for m in messages %}{% if m.role != 'system' %}<|im_start|>{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
     for template in (silent, "{{ messages[0].content }}{{ messages[1].content }}{{ messages[1].content }}", "hello"):
         tokenizer.chat_template = template
         with pytest.raises(TaskError, match="drops or repeats"):
-            TokenTask(make_task(), tokenizer)
+            Renderer(make_task(), tokenizer)
 
 
-def forbidden(tokens):
-    """Ids that no untrusted text may become: special and added ones but unk."""
-    tokenizer = tokens.tokenizer
-    return set(tokenizer.added_tokens_encoder.values()) | set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
-
-
-def forbidden_in(tokens, ids):
-    unknown = tokens.tokenizer.unk_token_id
-    return [i for i in ids if i in forbidden(tokens) and i != unknown]
+def forbidden_in(renderer, ids):
+    """What no untrusted text may become: special and added tokens but unk."""
+    tokenizer = renderer.tokenizer
+    forbidden = {*tokenizer.added_tokens_encoder.values(), *tokenizer.all_special_ids} - {tokenizer.unk_token_id}
+    return [i for i in ids if i in forbidden]
 
 
 @pytest.mark.parametrize("escape", ESCAPES)
 @EACH
 def test_special_tokens_in_a_pair_stay_text(name, escape):
     """A document that closes the user's turn and writes the answer itself (untrusted text taken for control tokens)."""
-    tokens = make_tokens(name)
-    plain = forbidden_in(tokens, tokens.prompt("winter", "the winter"))
+    renderer = make_renderer(name)
+    plain = forbidden_in(renderer, renderer.prompt("winter", "the winter"))
     for text in (escape, f"winter{escape}winter", f"{escape}\n{escape} x", escape * 3):
-        assert forbidden_in(tokens, tokens.prompt(text, "the winter")) == plain
-        assert forbidden_in(tokens, tokens.prompt("winter", text)) == plain
-        assert forbidden_in(tokens, tokens.response(text)) == [tokens.eos_id]
+        assert forbidden_in(renderer, renderer.prompt(text, "the winter")) == plain
+        assert forbidden_in(renderer, renderer.prompt("winter", text)) == plain
+        assert forbidden_in(renderer, renderer.response(text)) == [renderer.eos_id]
     if name == "bpe":
-        assert f"Document: a{escape}b<|im_end|>" in tokens.decode(tokens.prompt("winter", f"a{escape}b"))
+        assert f"Document: a{escape}b<|im_end|>" in renderer.decode(renderer.prompt("winter", f"a{escape}b"))
 
 
 @EACH
@@ -461,57 +445,59 @@ def test_special_tokens_in_a_pair_stay_text(name, escape):
 @QUICK
 def test_no_text_becomes_a_special_token(name, text):
     """The same for any text, such as special tokens inside each other or next to letters that lstrip or merge."""
-    tokens = make_tokens(name)
-    plain = forbidden_in(tokens, tokens.prompt("winter", "the winter"))
-    assert forbidden_in(tokens, tokens.prompt(text, text)) == plain
-    assert forbidden_in(tokens, tokens.response(text)) == [tokens.eos_id]
+    renderer = make_renderer(name)
+    plain = forbidden_in(renderer, renderer.prompt("winter", "the winter"))
+    assert forbidden_in(renderer, renderer.prompt(text, text)) == plain
+    assert forbidden_in(renderer, renderer.response(text)) == [renderer.eos_id]
     if name == "bpe":
-        assert tokens.decode(tokens.response(text)) == text + "<|im_end|>"
+        assert renderer.decode(renderer.response(text)) == text + "<|im_end|>"
 
 
 @EACH
 def test_only_the_document_is_cut(name):
-    """A cut that takes the end of the turn, the query or the criteria, or is not counted."""
-    tokens = TokenTask(make_task(), TOKENIZERS[name](), None)
-    short = tokens.prompt("winter", "the winter")
-    long = tokens.prompt("winter", "the winter " + "winter " * 50)
-    assert tokens.truncated == 0
-    tokens.max_prompt_tokens = len(short) + 10
-    cut = tokens.prompt("winter", "the winter " + "winter " * 50)
-    assert len(cut) == tokens.max_prompt_tokens and tokens.truncated == 1
-    tail = tokens._pieces[2]
-    assert cut[-len(tail) :] == tail == short[-len(tail) :]
-    assert cut[: -len(tail)] == long[: len(cut) - len(tail)]
-    tokens.max_prompt_tokens = len(long)
-    assert tokens.prompt("winter", "the winter " + "winter " * 50) == long and tokens.truncated == 1
+    """A cut that takes the end of the turn, the query or the criteria, is not counted, or leaves the answer no room."""
+    task, tokenizer = make_task(), TOKENIZERS[name]()
+    pair = "winter", "the winter " + "winter " * 50
+    free = Renderer(task, tokenizer)
+    short, long = free.prompt("winter", "the winter"), free.prompt(*pair)
+    for room, truncated in ((len(short) + 10, 1), (len(long), 0)):
+        renderer = Renderer(task, tokenizer, room + 7 + len(free.opening), max_new_tokens=7)
+        cut = renderer.prompt(*pair)
+        tail = renderer._tail
+        assert len(cut) == room and renderer.truncated == truncated and free.truncated == 0
+        assert cut[-len(tail) :] == tail == short[-len(tail) :]
+        assert cut[: -len(tail)] == long[: room - len(tail)]
 
 
 def test_criteria_and_query_that_do_not_fit_name_the_record():
     """A prompt without any document, or of negative length, that is scored all the same."""
-    tokens = TokenTask(make_task(), words(), len(make_tokens("words").prompt("winter", "winter")))
-    tokens.prompt("winter", "winter " * 90)
+    free = make_renderer("words")
+    renderer = Renderer(make_task(), words(), len(free.prompt("winter", "winter")) + len(free.opening))
+    renderer.prompt("winter", "winter " * 90)
     with pytest.raises(TaskError, match=r"x\.jsonl:7: the criteria and the query alone fill"):
-        tokens.prompts([{"query": "winter tokyo", "document": "winter", "where": "x.jsonl:7"}])
+        renderer.prompts([{"query": "winter tokyo", "document": "winter", "where": "x.jsonl:7"}])
+    with pytest.raises(TaskError, match="--max_new_tokens 50: leaves no room for a prompt"):
+        Renderer(make_task(), words(), 50 + len(free.opening), 50)
 
 
 # The parser -----------------------------------------------------------------------------------------------------------
 
 
-def check_trace(tokens, ids, labels):
+def check_trace(renderer, ids, labels):
     """Spans that tile the answer from 0 through the last box, each closed by its own box, with the label where it stands."""
-    trace = tokens.parse(ids)
+    trace = renderer.parse(ids)
     assert trace.problem is None, trace.problem
     assert [step.label for step in trace.steps] == list(labels)
     start = 0
     for step in trace.steps:
         assert step.start == start < step.end
-        span = "".join(tokens.decode(ids[step.start : step.end]).split())
+        span = "".join(renderer.decode(ids[step.start : step.end]).split())
         label = "".join(step.label.split())
         assert span.endswith(f"\\boxed{{{label}}}") and span.count("\\boxed") == 1
-        assert ids[step.label_at] == tokens.label_ids[tokens.task.labels.index(step.label)]
-        assert "".join(tokens.decode(ids[step.label_at : step.end]).split()) == label + "}"
+        assert ids[step.label_at] == renderer.label_ids[renderer.task.labels.index(step.label)]
+        assert "".join(renderer.decode(ids[step.label_at : step.end]).split()) == label + "}"
         start = step.end
-    assert "}" not in tokens.decode(ids[start:])
+    assert "}" not in renderer.decode(ids[start:])
     return trace
 
 
@@ -519,8 +505,8 @@ def check_trace(tokens, ids, labels):
 @pytest.mark.parametrize("labels", [("3", "2", "-1"), ("-1", "-1", "-1"), ("0", "1", "3")])
 def test_parse_spans_and_labels(name, labels):
     """Spans off by a token (credit on the wrong step), a minus sign lost, the label of another step."""
-    tokens = make_tokens(name)
-    trace = check_trace(tokens, tokens.response(answer(*labels)), labels)
+    renderer = make_renderer(name)
+    trace = check_trace(renderer, renderer.response(answer(*labels)), labels)
     assert trace.label == labels[-1]
     assert grm.reward(trace, labels[-1]) == 1.0 and grm.reward(trace, "9") == 0.0
     assert grm.step_verdicts(trace, ("3", "2", "-1")) == [a == b for a, b in zip(labels, ("3", "2", "-1"), strict=True)]
@@ -529,51 +515,44 @@ def test_parse_spans_and_labels(name, labels):
 @EACH
 def test_parse_among_multi_byte_text(name):
     """Positions counted in characters where a character is several tokens or a token half a character."""
-    tokens = make_tokens(name)
+    renderer = make_renderer(name)
     texts = ("咖啡😀3", "3 👍🏽\n冬 3 -1 {é", "}} 3 ñ\u0301 😀")
-    trace = check_trace(tokens, tokens.response(answer("3", "-1", "3", texts=texts) + " 😀"), ("3", "-1", "3"))
-    assert trace.steps[-1].end < len(tokens.response(answer("3", "-1", "3", texts=texts) + " 😀")) - 1
+    trace = check_trace(renderer, renderer.response(answer("3", "-1", "3", texts=texts) + " 😀"), ("3", "-1", "3"))
+    assert trace.steps[-1].end < len(renderer.response(answer("3", "-1", "3", texts=texts) + " 😀")) - 1
 
 
 @EACH
 def test_parse_answer_first(name):
     """The last step's verdict taken for the answer where the answer comes first."""
-    tokens = make_tokens(name, format="answer-first")
-    trace = check_trace(tokens, tokens.response("\\boxed{2} " + answer("3", "1", "0")), ("2", "3", "1", "0"))
+    renderer = make_renderer(name, format="answer-first")
+    trace = check_trace(renderer, renderer.response("\\boxed{2} " + answer("3", "1", "0")), ("2", "3", "1", "0"))
     assert trace.label == "2" and grm.reward(trace, "2") == 1.0 and grm.reward(trace, "0") == 0.0
-    assert tokens.parse(tokens.response(answer("3", "1", "0"))).problem == "missing boxes"
+    assert renderer.parse(renderer.response(answer("3", "1", "0"))).problem == "missing boxes"
 
 
 @EACH
 def test_parse_malformed(name):
     """Credit for an answer that is cut off, boxes too little or too much, or goes on behind its end."""
-    tokens = make_tokens(name)
-    good = tokens.response(answer("3", "2", "1"))
-    box, end = tokens.response("\\boxed{1}")[:-1], tokens.eos_id
-    unknown = tokens.response(answer("3", "7", "1"))
+    renderer = make_renderer(name)
+    good = renderer.response(answer("3", "2", "1"))
+    box, end = renderer.response("\\boxed{1}")[:-1], renderer.eos_id
+    foreign = [[i, *good] for i in (len(renderer.tokenizer), 10**12, -1, -len(renderer.tokenizer))]
     malformed = {
         "not ended": [[], good[:-1], [*good, good[0]], [end, *good[:-1]]],
-        "missing boxes": [[end], [*good[good.index(good[-2]) + 1 : -1], end], tokens.response("the winter")],
+        "missing boxes": [[end], [*good[good.index(good[-2]) + 1 : -1], end], renderer.response("the winter")],
         "too many boxes": [[*good[:-1], *box, end], [*box, *good]],
-        "unknown label": [unknown, tokens.response(answer("3", "", "1")), tokens.response(answer("3", "2 2", "1"))],
-        "a token that does not belong into an answer": [
-            [*good, end],
-            [*good[:3], end, *good[3:]],
-            [len(tokens.tokenizer), *good],
-            [10**12, *good],
-            [-1, *good],
-            [-len(tokens.tokenizer), *good],
-        ],
+        "unknown label": [renderer.response(answer("3", label, "1")) for label in ("7", "", "2 2")],
+        "a token that does not belong into an answer": [[*good, end], [*good[:3], end, *good[3:]], *foreign],
     }
     for problem, rows in malformed.items():
         for ids in rows:
-            trace = tokens.parse(ids)
+            trace = renderer.parse(ids)
             assert (trace.problem, trace.steps, trace.label) == (problem, [], None), ids
             assert grm.reward(trace, "1") == 0.0 and grm.step_verdicts(trace, ["1"] * 3) == []
     for broken in ("\\boxed{3", "\\boxed 3}", "boxed{3}", "\\boxed{{3}}"):
         text = answer("3", "2", "1").replace("\\boxed{3}", broken)
         # The word-level tokenizer knows no "{" by itself and reads <unk> inside the last one's box.
-        assert tokens.parse(tokens.response(text)).problem in ("missing boxes", "unknown label")
+        assert renderer.parse(renderer.response(text)).problem in ("missing boxes", "unknown label")
 
 
 @EACH
@@ -581,15 +560,15 @@ def test_parse_malformed(name):
 @QUICK
 def test_parse_takes_any_integers(name, data):
     """An exception out of the decoder for ids that a model with a padded vocabulary can really sample."""
-    tokens = make_tokens(name)
-    pieces = tokens.response(answer("3", "-1", "1"))
-    ids = st.one_of(st.sampled_from(pieces), st.integers(0, len(tokens.tokenizer) - 1), st.integers(-(2**70), 2**70))
-    row = data.draw(st.lists(st.one_of(ids, st.just(tokens.eos_id)), max_size=40)) + data.draw(st.sampled_from([[], pieces]))
-    trace = tokens.parse(row)
+    renderer = make_renderer(name)
+    pieces = renderer.response(answer("3", "-1", "1"))
+    ids = st.one_of(st.sampled_from(pieces), st.integers(0, len(renderer.tokenizer) - 1), st.integers(-(2**70), 2**70))
+    row = data.draw(st.lists(st.one_of(ids, st.just(renderer.eos_id)), max_size=40)) + data.draw(st.sampled_from([[], pieces]))
+    trace = renderer.parse(row)
     assert isinstance(trace, grm.Trace)
     assert (trace.problem is None) == (len(trace.steps) == 3) == (trace.label is not None)
     if trace.problem is None:
-        assert trace.steps[0].start == 0 and row[-1] == tokens.eos_id
+        assert trace.steps[0].start == 0 and row[-1] == renderer.eos_id
         assert all(a.end == b.start for a, b in zip(trace.steps, trace.steps[1:], strict=False))
 
 
@@ -601,32 +580,32 @@ FILLER = st.lists(st.one_of(st.text(max_size=6), st.sampled_from([*ESCAPES, " 3"
 @QUICK
 def test_parse_finds_the_boxes_in_any_text(name, texts, labels):
     """Text around the boxes (braces, digits, half characters, spelled-out special tokens) that moves or hides a box."""
-    tokens = make_tokens(name)
+    renderer = make_renderer(name)
     *texts, rest = (text.replace("\\", "/") for text in texts)
-    check_trace_text = answer(*labels, texts=texts) + " " + rest.replace("}", ")")
-    check_trace(tokens, tokens.response(check_trace_text), labels)
+    check_trace(renderer, renderer.response(answer(*labels, texts=texts) + " " + rest.replace("}", ")")), labels)
 
 
 def test_a_box_closed_by_a_merged_token():
     """A box whose brace is one token with the full stop behind it: missed, or found at a later step's brace."""
-    tokens = TokenTask(make_task(), byte_level_bpe(["x{3}. y{2}. z{1}."] * 5))
-    ids = tokens.response("a \\boxed{3}. b \\boxed{-1}. c \\boxed{1}.")
-    trace = tokens.parse(ids)
+    renderer = Renderer(make_task(), byte_level_bpe(["x{3}. y{2}. z{1}."] * 5))
+    ids = renderer.response("a \\boxed{3}. b \\boxed{-1}. c \\boxed{1}.")
+    trace = renderer.parse(ids)
     assert [step.label for step in trace.steps] == ["3", "-1", "1"]
-    assert [tokens.decode(ids[s.start : s.end]) for s in trace.steps] == ["a \\boxed{3}.", " b \\boxed{-1}.", " c \\boxed{1}."]
-    assert [tokens.decode(ids[s.label_at : s.end]) for s in trace.steps] == ["3}.", "-1}.", "1}."]
+    spans = [renderer.decode(ids[s.start : s.end]) for s in trace.steps]
+    assert spans == ["a \\boxed{3}.", " b \\boxed{-1}.", " c \\boxed{1}."]
+    assert [renderer.decode(ids[s.label_at : s.end]) for s in trace.steps] == ["3}.", "-1}.", "1}."]
 
 
 def test_label_at_is_never_another_token():
     """A label spelled with unusual tokens (" 3" for "3") whose usual token stands earlier in the same step: the label's
     probabilities, and what the student learns, would be read in the middle of a word."""
-    tokens = make_tokens("bpe")
-    assert len(tokens.tokenizer(" 3").input_ids) == 1, "the tokenizer must know ' 3' as one token for this test to tell"
+    renderer = make_renderer("bpe")
+    assert len(renderer.tokenizer(" 3").input_ids) == 1, "the tokenizer must know ' 3' as one token for this test to tell"
     for text in ("x3 \\boxed{ 3}", "{3} \\boxed{ 3}", "\\boxed {3 \\boxed{ 3}"):
-        ids = [*tokens.tokenizer(f"{text} b \\boxed{{2}} c \\boxed{{1}}").input_ids, tokens.eos_id]
-        trace = tokens.parse(ids)
+        ids = [*renderer.tokenizer(f"{text} b \\boxed{{2}} c \\boxed{{1}}").input_ids, renderer.eos_id]
+        trace = renderer.parse(ids)
         assert [step.label for step in trace.steps] == ["3", "2", "1"]
-        assert trace.steps[0].label_at in (None, ids.index(tokens.tokenizer(" 3").input_ids[0]))
+        assert trace.steps[0].label_at in (None, ids.index(renderer.tokenizer(" 3").input_ids[0]))
         assert all(step.label_at is not None for step in trace.steps[1:])
 
 
@@ -636,35 +615,32 @@ def test_label_at_is_never_another_token():
 )
 def test_word_labels(name, labels):
     """Labels of several tokens, also repeated ones, of which only a middle token or nothing is found."""
-    tokens = make_tokens(name, labels)
-    assert len(set(tokens.label_ids)) == len(labels)
+    renderer = make_renderer(name, labels)
+    assert len(set(renderer.label_ids)) == len(labels)
     for label in labels:
         chosen = (labels[-1], label, labels[0])
-        check_trace(tokens, tokens.response(answer(*chosen)), chosen)
-    assert tokens.parse(tokens.response(answer(labels[0], labels[0].upper() + "!", labels[0]))).problem == "unknown label"
+        check_trace(renderer, renderer.response(answer(*chosen)), chosen)
+    assert renderer.parse(renderer.response(answer(labels[0], labels[0].upper() + "!", labels[0]))).problem == "unknown label"
 
 
-@pytest.mark.parametrize(("name", "labels"), [("bpe", ("1", "10")), ("bpe", ("good", "gum", "bad")), ("unigram", ("11", "12"))])
-def test_labels_with_one_first_token_are_refused(name, labels):
-    """A distribution over labels read from one position where two labels share it."""
-    with pytest.raises(TaskError, match="first tokens coincide"):
-        make_tokens(name, labels)
+ALIKE = "bpe 1 10, bpe good gum bad, unigram 11 12, words apple pear, words -1 0 apple, words A a"
+
+
+@pytest.mark.parametrize("case", ALIKE.split(", "))
+def test_labels_that_cannot_be_told_apart_are_refused(case):
+    """Labels that share the position they are read from, or come back as <unk>: every answer would be malformed, silently."""
+    name, *labels = case.split()
+    with pytest.raises(TaskError, match="first tokens coincide, or are unknown"):
+        make_renderer(name, tuple(labels))
 
 
 def test_a_merged_minus_sign_is_kept_apart():
     """Where "{-" is one token, -1 would begin one position before the other labels, whose first token would be "{"."""
     tokenizer = byte_level_bpe(["x{-1}y{-2}z{-3}"] * 5)
     assert tokenizer.tokenize("{-1}")[0] == "{-"
-    tokens = TokenTask(make_task(), tokenizer)
-    assert [tokens.decode([i]) for i in tokens.label_ids] == ["-", "0", "1", "2", "3"]
-    check_trace(tokens, tokens.response(answer("3", "2", "-1")), ("3", "2", "-1"))
-
-
-@pytest.mark.parametrize("labels", [("apple", "pear"), ("-1", "0", "apple"), ("A", "a")])
-def test_labels_that_the_tokenizer_cannot_spell_are_refused(labels):
-    """Labels that come back from their ids as <unk>, or alike: every answer would be malformed, silently."""
-    with pytest.raises(TaskError):
-        TokenTask(make_task(labels=labels), words())
+    renderer = Renderer(make_task(), tokenizer)
+    assert [renderer.decode([i]) for i in renderer.label_ids] == ["-", "0", "1", "2", "3"]
+    check_trace(renderer, renderer.response(answer("3", "2", "-1")), ("3", "2", "-1"))
 
 
 # Metrics --------------------------------------------------------------------------------------------------------------
@@ -689,27 +665,26 @@ def test_metrics_against_scikit_learn(seed):
     gains = [ndcg_score([gold[query == q]], [score[query == q]], k=10) for q in range(10) if q != 3]
     assert max(np.bincount(query)) > 10, "some query must have more documents than k"
     assert out["ndcg@10"] == pytest.approx(np.mean(gains))
-    assert out["malformed"] == 0.0 and "step_accuracy" not in out
-    counts = {"gold": np.bincount(gold, minlength=5), "predicted": np.bincount(got, minlength=5)}
-    counts["right"] = np.bincount(gold[gold == got], minlength=5)
-    assert out["classes"] == {GRADES[y]: {k: v[y] for k, v in counts.items()} for y in range(5)}
+    assert out["malformed"] == 0.0 and {"step_accuracy", "ece"}.isdisjoint(out)
+    assert [row[:5] for row in out["confusion"]] == confusion_matrix(gold, got, labels=range(5)).tolist()
+    recalls = recall_score(gold, got, labels=np.unique(gold), average=None)
+    assert list(out["recall"].values()) == pytest.approx(recalls) and list(out["recall"]) == GRADES[: len(recalls)]
 
 
 def test_metrics_of_malformed_answers():
     """A malformed answer counted as the last label (index -1), left out of the mean, or as irrelevant and so right."""
-    task = make_task()
     gold = ["-1", "0", "1", "2", "3", "3"]
     records = [{"label": label, "step_labels": ["3", "1", label], "query_id": "q"} for label in gold]
-    right = [{"label": s} for s in ("3", "0")]
-    got = [{"label": None, "steps": []}] * 5 + [{"label": "3", "steps": [*right, {"label": "3"}]}]
-    out = metrics(task, records, [{**p, "grade": 0.0} for p in got])
+    got = [{"label": None, "steps": []}] * 5 + [{"label": "3", "steps": [{"label": step} for step in ("3", "0", "3")]}]
+    out = metrics(make_task(), records, [{**p, "grade": 0.0} for p in got])
     assert out["accuracy"] == out["binary_accuracy"] == pytest.approx(1 / 6)
     assert out["malformed"] == pytest.approx(5 / 6)
     assert out["macro_f1"] == pytest.approx((2 / 3) / 5)
     farthest = [4, 4, 4, 0, 0, 4]
     assert out["kappa"] == pytest.approx(cohen_kappa_score([0, 1, 2, 3, 4, 4], farthest, weights="quadratic"))
     assert out["step_accuracy"] == pytest.approx({"topic": 1 / 6, "constraints": 0.0, "promotion": 1 / 6})
-    assert out["classes"]["3"] == {"gold": 2, "predicted": 1, "right": 1}
+    assert out["confusion"] == [[0] * 5 + [1]] * 4 + [[0, 0, 0, 0, 1, 1]]
+    assert out["recall"] == {"-1": 0.0, "0": 0.0, "1": 0.0, "2": 0.0, "3": 0.5}
     assert 0 < out["ndcg@10"] < 1
 
 
@@ -769,19 +744,12 @@ def edit_json(path, **changes):
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
-def test_load_model_without_chat_template(tmp_path):
-    """A base model's folder that is prompted with a template made up by a library."""
-    folder = copy_model(tmp_path)
-    (folder / "chat_template.jinja").unlink()
-    with pytest.raises(TaskError, match="no chat template"):
-        TokenTask(make_task(), load_model(folder, "cpu")[1])
-
-
 def test_nothing_is_taken_from_generation_config(tmp_path):
     """Sampling settings shipped with a model (temperature, penalties, another eos) that change its answers silently."""
-    _, files, tokens = notes_files()
-    prompts = tokens.prompts(files["test_random"][:3])
-    plain = PaddedEngine(notes()[0], tokens.eos_id, 6).generate(prompts)
+    _, files, renderer = notes_files()
+    prompts = renderer.prompts(files["test_random"][:3])
+    arguments = renderer.eos_id, renderer.label_ids, 6
+    plain, _ = PaddedEngine(notes()[0], *arguments).generate(prompts)
     folder = copy_model(tmp_path)
     notes()[0].save_pretrained(folder)
     shipped = {"do_sample": True, "temperature": 9.0, "repetition_penalty": 5.0, "max_length": 3, "min_new_tokens": 2}
@@ -789,77 +757,106 @@ def test_nothing_is_taken_from_generation_config(tmp_path):
     (folder / "generation_config.json").write_text(json.dumps(shipped))
     loaded, _ = load_model(folder, "cpu")
     assert torch.equal(loaded.state_dict()["model.norm.weight"], notes()[0].state_dict()["model.norm.weight"])
-    assert PaddedEngine(loaded, tokens.eos_id, 6).generate(prompts) == plain
+    assert PaddedEngine(loaded, *arguments).generate(prompts)[0] == plain
 
 
-def test_padded_batch_equals_one_by_one():
-    """Left padding that shifts positions, is attended to, or is read as the last token; masks made from pad ids."""
-    task, files, tokens = notes_files()
-    engine = PaddedEngine(notes()[0], tokens.eos_id, 8)
-    records = [{"query": "winter", "document": "kids"}, *files["test_longtail"][:4]]
-    assert len({len(prompt) for prompt in tokens.prompts(records)}) > 2
-    together = judge(tokens, engine, records)
-    alone = [judge(tokens, engine, [record])[0] for record in records]
-    for a, b in zip(together, alone, strict=True):
-        assert a["answer"] == b["answer"] and a["label"] == b["label"]
-        assert list(a["probs"]) == task.labels and sum(a["probs"].values()) == pytest.approx(1.0, abs=1e-12)
-        assert list(a["probs"].values()) == pytest.approx(list(b["probs"].values()), rel=1e-4)
-        assert a["grade"] == pytest.approx(sum(float(label) * p for label, p in a["probs"].items()))
-    ending = [*tokens.prompt("winter", "kids"), tokens.eos_id]  # ends with the id that also pads
-    with torch.no_grad():
-        logits = notes()[0](torch.tensor([ending])).logits[0, -1, tokens.label_ids]
-    padded = engine.label_logits([ending, [*ending, *ending]], tokens.label_ids)
-    torch.testing.assert_close(padded[0], logits, rtol=1e-4, atol=1e-5)
+SAID = {"winter": answer("3", "2", "-1"), "kids": answer("3", "3", "3"), "tokyo": answer("0", "0", "0") * 2, "paris": "topic"}
+ASKED = [{"query": query, "document": "the" + " winter" * i} for i, query in enumerate([*SAID, "ramen"])]
 
 
-def test_padding_does_not_move_positions():
-    """Positions counted over the padding: rotary ones hide it, a model with absolute positions does not."""
+@functools.cache
+def speakers(format):
+    """A renderer, and both engines with one model that has learnt SAID: two good answers, one cut off, one without boxes."""
+    renderer = make_renderer("words", format=format)
+    model, _ = load_model(NOTES / "model", "cpu", seed=1)
+    padded = PaddedEngine(model, renderer.eos_id, renderer.label_ids, 20)
+    opening = ["", "", "", ""] if format == "reason-first" else ["\\boxed{2} ", "\\boxed{0} ", "\\boxed{1} ", ""]
+    answers = [renderer.response(first + text) for first, text in zip(opening, SAID.values(), strict=True)]
+    batch = padded.pad([prompt + ids for prompt, ids in zip(renderer.prompts(ASKED[:4]), answers, strict=True)])
+    width = batch["input_ids"].shape[1]
+    labels = torch.tensor([[-100] * (width - len(ids)) + ids for ids in answers])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(20):
+        optimizer.zero_grad()
+        model(**batch, labels=labels).loss.backward()
+        optimizer.step()
+    tree = rollout.use_tree_attention(copy.deepcopy(model))
+    return renderer, rollout.Engine(tree, renderer.eos_id, renderer.label_ids, 20, max_tokens=100, cache_tokens=200), padded
+
+
+@pytest.mark.parametrize("explain", [True, False])
+@pytest.mark.parametrize("format", grm.FORMATS)
+def test_shared_prefixes_grade_as_padded_rows_do(format, explain, monkeypatch):
+    """Label logits of another answer or position, a prefix shared too far, masks made from pad ids, a second forward pass for
+    logits that were there when the label was written: rollout.Engine, batched and pair by pair, against padded rows."""
+    renderer, shared, padded = speakers(format)
+    expected = judge(renderer, padded, ASKED, explain)
+    assert max(max(r["probs"].values()) for r in expected) > 0.5, "the model must have learnt for this test to tell"
+    if explain:
+        assert [r["problem"] for r in expected][:4] == [None, None, "not ended", "missing boxes"]
+    for got in (judge(renderer, shared, ASKED, explain), [judge(renderer, shared, [r], explain)[0] for r in ASKED]):
+        for a, b in zip(got, expected, strict=True):
+            grade = sum(float(label) * p for label, p in b["probs"].items())
+            assert a == {**b, "probs": pytest.approx(b["probs"], rel=1e-3, abs=1e-6), "grade": pytest.approx(grade, abs=1e-4)}
+            assert list(a["probs"]) == GRADES and sum(a["probs"].values()) == pytest.approx(1.0, abs=1e-12)
+    if explain or format == "reason-first":
+        monkeypatch.setattr(shared, "label_logits", None)
+        assert all(result["well_formed"] for result in judge(renderer, shared, ASKED[:2], explain))
+
+
+def test_padding_is_seen_by_nobody():
+    """Positions counted over the padding (rotary ones hide it, a model with absolute positions does not), logits a position
+    off, or rows that end with the id that also pads: the reference of the test above wrong."""
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=20, n_positions=32, n_embd=16, n_layer=1, n_head=2, initializer_range=0.5)
-    engine = PaddedEngine(GPT2LMHeadModel(config).eval(), 0, 4)
-    rows = [[3, 4], [5, 6, 7, 8, 9, 10, 11, 12], [13] * 5]
-    alone = torch.cat([engine.label_logits([row], [1, 2, 3]) for row in rows])
-    torch.testing.assert_close(engine.label_logits(rows, [1, 2, 3]), alone, rtol=1e-4, atol=1e-4)
-    assert engine.generate(rows) == [engine.generate([row])[0] for row in rows]
+    engine = PaddedEngine(GPT2LMHeadModel(config).eval(), 0, [1, 2, 3], 4)
+    rows = [[3, 4, 0], [5, 6, 7, 8, 9, 10, 11, 12], [13] * 5]
+    for row, ids, logits_TY, next_Y in zip(rows, *engine.generate(rows), engine.label_logits(rows), strict=True):
+        alone_TV = engine.model(torch.tensor([row + ids])).logits[0, len(row) - 1 : -1].detach()
+        assert alone_TV.argmax(-1).tolist() == ids and (ids[-1] == 0 or len(ids) == 4)
+        torch.testing.assert_close(logits_TY, alone_TV[:, [1, 2, 3]], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(next_Y, logits_TY[0], rtol=1e-4, atol=1e-4)
 
 
 @EACH
 def test_judge_reads_the_label_where_the_model_wrote_it(name):
-    """Probabilities read behind the label, before the opening, or at an earlier step's box."""
-    tokens = make_tokens(name)
-    good = tokens.response(answer("3", "2", "-1"))
-    broken = tokens.response("the winter")
+    """Probabilities read behind the label, before the opening, at an earlier step's box, or of another answer."""
+    renderer = make_renderer(name)
+    good, broken = renderer.response(answer("3", "2", "-1")), renderer.response("the winter")
     records = [{"query": "winter", "document": "the winter"}] * 3
-    prompt = tokens.prompt("winter", "the winter")
-    logits = torch.tensor([[2.0, 0, 0, 0, 0]] * 3)
-    engine = ScriptedEngine([good, broken, broken[:-1]], logits)
-    ok, ended, cut = judge(tokens, engine, records)
-    at = len(prompt) + tokens.parse(good).steps[-1].label_at
-    assert engine.sequences[0] == [*prompt, *good][:at]
-    assert engine.sequences[1] == engine.sequences[2] == [*prompt, *broken[:-1], *tokens.opening]
+    prompt = renderer.prompt("winter", "the winter")
+    engine = ScriptedEngine([broken, good, broken[:-1]])
+    ended, ok, cut = judge(renderer, engine, records)
+    assert engine.sequences == [[*prompt, *broken[:-1], *renderer.opening]] * 2
+    check_probs(ended, engine.next[0])
+    check_probs(ok, engine.written[1][renderer.parse(good).steps[-1].label_at])
+    check_probs(cut, engine.next[1])
     assert (ok["label"], ok["well_formed"], ok["problem"]) == ("-1", True, None)
-    assert [step["label"] for step in ok["steps"]] == ["3", "2", "-1"]
-    assert [step["step"] for step in ok["steps"]] == tokens.task.steps
+    assert {step["step"]: step["label"] for step in ok["steps"]} == {"topic": "3", "constraints": "2", "promotion": "-1"}
     assert (ended["label"], ended["well_formed"], ended["problem"], ended["steps"]) == (None, False, "missing boxes", [])
     assert (cut["label"], cut["problem"]) == (None, "not ended")
-    assert list(ok["probs"].values()) == pytest.approx(torch.softmax(logits[0], -1).tolist())
-    assert "steps" not in judge(tokens, ScriptedEngine([good] * 3), records, explain=False)[0]
+    assert "steps" not in judge(renderer, ScriptedEngine([good] * 3), records, explain=False)[0]
 
 
 @EACH
 def test_answer_first_pays_for_no_generation(name):
     """A whole answer generated for a score that one prefill gives, or the score read at another place when explained."""
-    tokens = make_tokens(name, format="answer-first")
+    renderer = make_renderer(name, format="answer-first")
     record = {"query": "winter", "document": "the winter"}
-    engine = ScriptedEngine(logits=torch.tensor([[0.0, 0, 0, 4, 0]]))
+    engine = ScriptedEngine()
     engine.generate = None
-    result = judge(tokens, engine, [record], explain=False)[0]
-    expected = [[*tokens.prompt(**record), *tokens.opening]]
-    assert engine.sequences == expected
-    assert (result["label"], result["well_formed"]) == ("2", True)
-    engine = ScriptedEngine([tokens.response("\\boxed{1} " + answer("3", "1", "0"))])
-    explained = judge(tokens, engine, [record])[0]
-    assert engine.sequences == expected and explained["label"] == "1"
+    result = judge(renderer, engine, [record], explain=False)[0]
+    forced = [*renderer.prompt(**record), *renderer.opening]
+    assert engine.sequences == [forced]
+    check_probs(result, engine.next[0])
+    assert (result["label"], result["well_formed"]) == (GRADES[engine.next[0].argmax()], True)
+    whole = renderer.response("\\boxed{1} " + answer("3", "1", "0"))
+    engine = ScriptedEngine([renderer.response("the winter"), whole, whole[: len(renderer.opening)]])
+    elsewhere, explained, cut = judge(renderer, engine, [record] * 3)
+    assert engine.sequences == [forced, forced] and explained["label"] == "1"
+    check_probs(elsewhere, engine.next[0])
+    check_probs(explained, engine.written[1][len(renderer.opening)])
+    check_probs(cut, engine.next[1])
     assert [step["label"] for step in explained["steps"]] == ["1", "3", "1", "0"]
 
 
@@ -885,20 +882,14 @@ def score_arguments(folder, *more):
 
 def stop_after(monkeypatch, batches):
     """Ctrl-C in the batch behind `batches` ones."""
-    calls, original = [], grm.judge
-
-    def stopping(*args):
-        calls.append(args)
-        if len(calls) > batches:
-            raise KeyboardInterrupt
-        return original(*args)
-
-    monkeypatch.setattr(grm, "judge", stopping)
+    left = iter([grm.judge] * batches)
+    interrupt = lambda *args: signal.raise_signal(signal.SIGINT)
+    monkeypatch.setattr(grm, "judge", lambda *args: next(left, interrupt)(*args))
 
 
 def test_score_resumes_as_if_never_stopped(tmp_path, monkeypatch, capsys):
     """Lines lost, doubled or glued to half a line after a stop, or numbers that tell that there was one (a pair that is
-    scored in another batch is padded to another width, and its probabilities differ by rounding)."""
+    scored in another batch shares another prefix, and its probabilities differ by rounding)."""
     arguments = score_arguments(tmp_path)
     assert run(monkeypatch, *arguments, tmp_path / "whole.jsonl") is None
     assert "7 pairs, 7 malformed" in capsys.readouterr().out
@@ -909,7 +900,6 @@ def test_score_resumes_as_if_never_stopped(tmp_path, monkeypatch, capsys):
         assert result["gold"] == given_pair["label"] and result["label"] is None and result["well_formed"] is False
         assert all(result[name] == given_pair[name] for name in ("id", "query", "document", "step_labels"))
         assert sum(result["probs"].values()) == pytest.approx(1.0) and "where" not in result and "answer" not in result
-
     with monkeypatch.context() as patch:
         stop_after(patch, 2)
         assert "stopped" in run(monkeypatch, *arguments, tmp_path / "out.jsonl")
@@ -932,6 +922,11 @@ def test_score_refuses_to_mix_or_overwrite(tmp_path, monkeypatch, capsys):
         run(monkeypatch, *score_arguments(tmp_path), out)
     before = Path(f"{out}.partial").read_bytes()
     assert "other settings" in run(monkeypatch, *score_arguments(tmp_path, "--explain"), out)
+    edit_json(copy_model(tmp_path) / "config.json", rms_norm_eps=1e-5)
+    assert "model or pairs" in run(monkeypatch, *score_arguments(tmp_path, "--model", tmp_path / "model"), out)
+    arguments = score_arguments(tmp_path)
+    (tmp_path / "in.jsonl").write_text(json.dumps(GOOD))
+    assert "model or pairs" in run(monkeypatch, *arguments, out)
     assert Path(f"{out}.partial").read_bytes() == before and not out.exists()
     out.write_text("mine")
     assert "exists; delete it or choose another name" in run(monkeypatch, *score_arguments(tmp_path), out)
@@ -942,33 +937,25 @@ def test_score_refuses_to_mix_or_overwrite(tmp_path, monkeypatch, capsys):
 def test_score_names_bad_pairs_before_any_work(tmp_path, monkeypatch, capsys):
     """Hours of scoring that end at a bad line."""
     arguments = score_arguments(tmp_path)
-    with open(tmp_path / "in.jsonl", "a") as file:
-        file.write("{\n" + json.dumps({"query": "winter " * 500, "document": "d"}) + "\n")
     monkeypatch.setattr(grm, "judge", None)
-    assert "in.jsonl:8: " in run(monkeypatch, *arguments, tmp_path / "out.jsonl")
-    lines = (tmp_path / "in.jsonl").read_text().splitlines()
-    (tmp_path / "in.jsonl").write_text("\n".join([*lines[:7], lines[8]]))
-    assert "in.jsonl:8: the criteria and the query alone" in run(monkeypatch, *arguments, tmp_path / "out.jsonl")
+    good, too_long = (tmp_path / "in.jsonl").read_text(), json.dumps({"query": "winter " * 500, "document": "d"})
+    for bad, message in (("{", "in.jsonl:8: not JSON"), (too_long, "in.jsonl:8: the criteria and the query alone")):
+        (tmp_path / "in.jsonl").write_text(good + bad)
+        assert message in run(monkeypatch, *arguments, tmp_path / "out.jsonl")
     assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
 
 
 def test_score_explains(tmp_path, monkeypatch, capsys):
-    """The reasoning asked for and not written, or a metric printed for pairs without labels."""
+    """The reasoning asked for and not written, a metric printed for pairs without labels, or a lone surrogate in a field that
+    is only passed through: it cannot be written as UTF-8, which ends the run midway."""
     arguments = score_arguments(tmp_path, "--explain")
-    (tmp_path / "in.jsonl").write_text('{"query": "winter 咖啡", "document": "kids \\u2028 in tokyo", "label": null}\n')
+    pair = '{"query": "winter 咖啡", "document": "kids \\u2028 in tokyo", "label": null, "note": "\\ud800"}\n'
+    (tmp_path / "in.jsonl").write_text(pair)
     assert run(monkeypatch, *arguments, tmp_path / "out.jsonl") is None
     assert "accuracy" not in capsys.readouterr().out
     (result,) = map(json.loads, (tmp_path / "out.jsonl").read_text().split("\n")[:-1])
-    assert result["query"] == "winter 咖啡" and "gold" not in result
+    assert result["query"] == "winter 咖啡" and "gold" not in result and result["note"] == "\ud800"
     assert result["problem"] == "not ended" and result["answer"] and result["steps"] == []
-
-
-def test_score_survives_what_json_can_hold(tmp_path, monkeypatch, capsys):
-    """A lone surrogate in a field that is only passed through: it cannot be written as UTF-8, which ends the run midway."""
-    arguments = score_arguments(tmp_path)
-    (tmp_path / "in.jsonl").write_text('{"query": "winter", "document": "kids", "note": "\\ud800"}\n')
-    outcome = run(monkeypatch, *arguments, tmp_path / "out.jsonl")
-    assert outcome is None or "in.jsonl:1: " in outcome
 
 
 def test_scoring_a_graded_file_keeps_its_gold(tmp_path, monkeypatch, capsys):
@@ -980,26 +967,21 @@ def test_scoring_a_graded_file_keeps_its_gold(tmp_path, monkeypatch, capsys):
         assert run(monkeypatch, *arguments, out) is None
         assert json.loads(out.read_text())["gold"] == expected
         assert ("accuracy" in capsys.readouterr().out) == (expected != 7)
-    arguments[arguments.index("--max_new_tokens") + 1] = 0
-    assert "--max_new_tokens 0: must be" in run(monkeypatch, *arguments, tmp_path / "x.jsonl")
 
 
-@pytest.mark.parametrize("batch_size", [0, -1])
-def test_score_refuses_a_batch_of_nothing(tmp_path, monkeypatch, capsys, batch_size):
+@pytest.mark.parametrize("flag", ["--batch_size 0", "--batch_size -1", "--max_new_tokens 0"])
+def test_score_refuses_a_batch_of_nothing(tmp_path, monkeypatch, capsys, flag):
     """An empty result that looks complete, or a traceback out of range()."""
-    arguments = score_arguments(tmp_path)
-    arguments[arguments.index("--batch_size") + 1] = batch_size
-    assert run(monkeypatch, *arguments, tmp_path / "out.jsonl") is not None
+    assert f"{flag}: must be" in run(monkeypatch, *score_arguments(tmp_path, *flag.split()), tmp_path / "out.jsonl")
     assert not (tmp_path / "out.jsonl").exists()
 
 
 def test_a_model_knows_what_it_was_trained_for(tmp_path, monkeypatch, capsys):
     """Its folder's criteria serve where --task is not given; a task of another format is refused, other criteria are not."""
-    shutil.copytree(NOTES / "model", tmp_path / "model")
+    copy_model(tmp_path)
     task = Task.load(NOTES)
     task.save(tmp_path / "model")
-    again = Task.load(tmp_path / "model")
-    assert replace(again, folder=task.folder) == task
+    assert replace(Task.load(tmp_path / "model"), folder=task.folder) == task
     replace(task, criteria="Anything with \\boxed{grade}.").save(tmp_path)
     arguments = [a for a in score_arguments(tmp_path) if a not in ("--model", "--task", NOTES / "model", NOTES)]
     arguments[1:1] = ["--model", tmp_path / "model"]
@@ -1010,26 +992,43 @@ def test_a_model_knows_what_it_was_trained_for(tmp_path, monkeypatch, capsys):
     assert "was trained for format reason-first" in outcome and not (tmp_path / "c.jsonl").exists()
 
 
-def test_judge_refuses_an_empty_query(monkeypatch, capsys):
+def test_judge_refuses_what_it_cannot_use(tmp_path, monkeypatch, capsys):
     """A traceback where one line says what is wrong."""
     folders = ["--model", NOTES / "model", "--task", NOTES, "--max_new_tokens", 2]
     assert "'query' is missing, empty" in str(run(monkeypatch, "judge", *folders, " ", "kids"))
     assert run(monkeypatch, "judge", "--model", NOTES, "--task", NOTES, "q", "d").startswith(f"{NOTES}: no config.json")
+    edit_json(copy_model(tmp_path) / "config.json", layer_types=["sliding_attention"] * 3)
+    assert "sliding-window" in run(monkeypatch, "judge", *folders, "--model", tmp_path / "model", "q", "d")
+
+
+ALONE = f"""
+import importlib, runpy, shutil, sys, grm
+_, tokenizer = grm.load_model({str(NOTES / "model")!r}, "cpu")
+renderer = grm.Renderer(grm.Task.load({str(NOTES)!r}), tokenizer)
+assert renderer.prompt(**{GOLDEN_PAIR}) == {GOLDEN_IDS}
+assert renderer.parse(renderer.response({answer("3", "2", "1")!r})).label == "1"
+sys.argv = ["grm.py", "judge", "--model", {str(NOTES / "model")!r}, "--task", {str(NOTES)!r}, "--max_new_tokens=2", "q", "d"]
+try:
+    runpy.run_path("grm.py", run_name="__main__")
+except SystemExit as stop:
+    print(stop)
+shutil.copy({str(ROOT / "rollout.py")!r}, ".")
+importlib.invalidate_caches()
+runpy.run_path("grm.py", run_name="__main__")
+"""
 
 
 def test_copied_alone(tmp_path):
-    """An import of a project file, which would make this one useless where it is copied to."""
+    """A project file imported where this one is copied to, or a traceback where scoring, and only that, needs rollout.py."""
     shutil.copy(ROOT / "grm.py", tmp_path)
-    command = [sys.executable, "grm.py", "judge", "--model", NOTES / "model", "--task", NOTES, "--max_new_tokens", "2"]
     clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
-    command += ["winter ramen", "ramen in winter"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=clean)
+    done = subprocess.run([sys.executable, "-c", ALONE], cwd=tmp_path, capture_output=True, text=True, env=clean)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("malformed answer (not ended)")
-    shown = [line.split("|")[0].strip() for line in done.stdout.splitlines()[1:]]
-    assert shown == [*GRADES, "expected"]
+    refusal, malformed, *shown = done.stdout.splitlines()
+    assert refusal == "scoring needs rollout.py beside grm.py: No module named 'rollout'"
+    assert malformed.startswith("malformed answer (not ended)")
+    assert [line.split("|")[0].strip() for line in shown] == [*GRADES, "expected"]
     tree = ast.parse((tmp_path / "grm.py").read_text())
     froms = {n.module.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
     plain = {a.name.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
-    third = (froms | plain) - sys.stdlib_module_names
-    assert third == {"torch", "transformers", "numpy", "yaml", "tqdm", "jinja2"}
+    assert (froms | plain) - sys.stdlib_module_names == {"torch", "transformers", "numpy", "yaml", "tqdm", "jinja2", "rollout"}

@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import astuple
 from pathlib import Path
 
 import pytest
@@ -78,14 +77,13 @@ def test_wrong_group_sizes_are_refused(shape):
 # Credit ---------------------------------------------------------------------------------------------------------------
 
 
-def naive_credit(advantages, ends, right, lengths, width, rule):
+def naive_credit(advantages, ends, right, lengths, rule):
     """The docstring's rules, one token after the other."""
-    rows = []
+    credit = []
     for advantage, step_ends, step_right, length in zip(advantages, ends, right, lengths, strict=True):
-        row = [0.0] * width
         for t in range(length):
             if step_ends[-1] == 0:  # malformed
-                row[t] = advantage
+                credit.append(advantage)
                 continue
             step = 0
             while step < len(step_ends) - 1 and t >= step_ends[step]:
@@ -95,46 +93,44 @@ def naive_credit(advantages, ends, right, lengths, width, rule):
                 keep = (advantage > 0 and step_right[step]) or (advantage < 0 and not step_right[step])
             if rule == "positive":
                 keep = not (advantage > 0 and not step_right[step])
-            row[t] = advantage if keep else 0.0
-        rows.append(row)
-    return rows
+            credit.append(advantage if keep else 0.0)
+    return credit
 
 
 @st.composite
 def answers(draw):
-    """advantages, ends, right, lengths and width of a batch with well-formed and malformed answers."""
-    K, N, width = draw(st.integers(1, 4)), draw(st.integers(1, 5)), draw(st.integers(4, 14))
+    """advantages, ends, right and lengths of a batch with well-formed and malformed answers, some of those empty."""
+    K, N, longest = draw(st.integers(1, 4)), draw(st.integers(1, 5)), draw(st.integers(4, 14))
     ends, lengths = [], []
     for _ in range(N):
-        steps = sorted(draw(st.sets(st.integers(1, width), min_size=K, max_size=K)))
+        steps = sorted(draw(st.sets(st.integers(1, longest), min_size=K, max_size=K)))
         malformed = draw(st.booleans()) and draw(st.booleans())
         ends.append([0] * K if malformed else steps)
-        lengths.append(draw(st.integers(0 if malformed else steps[-1], width)))
+        lengths.append(draw(st.integers(0 if malformed else steps[-1], longest)))
     value = st.sampled_from([-2.0, -0.5, 0.0, 0.5, 1.5])
     advantages = draw(st.lists(value, min_size=N, max_size=N))
     right = [draw(st.lists(st.booleans(), min_size=K, max_size=K)) for _ in range(N)]
-    return advantages, ends, right, lengths, width
+    return advantages, ends, right, lengths
 
 
 @pytest.mark.parametrize("rule", RULES)
 @given(answers())
 @QUICK
 def test_credit_equals_the_naive_version(rule, batch):
-    """Spans off by one, right steps punished or wrong ones rewarded, credit behind the end of an answer."""
-    advantages, ends, right, lengths, width = batch
-    credit_NT = stepwise_credit(*map(torch.tensor, (advantages, ends, right, lengths)), width, rule)
-    assert credit_NT.shape == (len(advantages), width) and credit_NT.dtype == torch.float32
-    assert credit_NT.tolist() == naive_credit(advantages, ends, right, lengths, width, rule)
+    """Spans off by one, right steps punished or wrong ones rewarded, credit that slips into the next answer."""
+    credit_A = stepwise_credit(*map(torch.tensor, batch), rule)
+    assert credit_A.shape == (sum(batch[3]),) and credit_A.dtype == torch.float32
+    assert credit_A.tolist() == naive_credit(*batch, rule)
 
 
 def test_credit_by_hand():
-    """The naive version being wrong in the same way: one winning and one losing answer, three steps, EOS, padding."""
+    """The naive version being wrong in the same way: one winning and one losing answer, three steps, EOS."""
     ends_NK, right_NK = torch.tensor([[2, 4, 5]] * 2), torch.tensor([[True, False, True]] * 2)
-    rows = torch.tensor([2.0, -2.0]), ends_NK, right_NK, torch.tensor([6, 6]), 7
+    rows = torch.tensor([2.0, -2.0]), ends_NK, right_NK, torch.tensor([6, 7])
     expected = {
-        "symmetric": [[2, 2, 0, 0, 2, 2, 0], [0, 0, -2, -2, 0, 0, 0]],
-        "positive": [[2, 2, 0, 0, 2, 2, 0], [-2, -2, -2, -2, -2, -2, 0]],
-        "none": [[2] * 6 + [0], [-2] * 6 + [0]],
+        "symmetric": [2, 2, 0, 0, 2, 2, 0, 0, -2, -2, 0, 0, 0],
+        "positive": [2, 2, 0, 0, 2, 2] + [-2] * 7,
+        "none": [2] * 6 + [-2] * 7,
     }
     for rule, credit in expected.items():
         assert stepwise_credit(*rows, rule).tolist() == credit
@@ -146,8 +142,8 @@ def test_credit_by_hand():
 def test_malformed_answers_keep_their_advantage(rule, right):
     """An answer without steps masked as a whole: nothing would ever teach the model the form."""
     ends_NK, right_NK = torch.zeros(2, 3, dtype=torch.long), torch.full((2, 3), right)
-    credit_NT = stepwise_credit(torch.tensor([-1.5, 0.5]), ends_NK, right_NK, torch.tensor([4, 2]), 5, rule)
-    assert credit_NT.tolist() == [[-1.5] * 4 + [0], [0.5] * 2 + [0] * 3]
+    credit_A = stepwise_credit(torch.tensor([-1.5, 0.5]), ends_NK, right_NK, torch.tensor([4, 2]), rule)
+    assert credit_A.tolist() == [-1.5] * 4 + [0.5] * 2
 
 
 @pytest.mark.parametrize("right", [True, False])
@@ -155,76 +151,78 @@ def test_the_end_of_sequence_shares_the_last_step_s_credit(right):
     """EOS without credit: an answer is never taught to stop. And text behind the last box counted as a step of its own."""
     right_NK = torch.tensor([[not right, right]])
     for length in (5, 8):
-        credit_NT = stepwise_credit(torch.tensor([1.0]), torch.tensor([[2, 4]]), right_NK, torch.tensor([length]), 9)
-        assert credit_NT[0, 2:length].tolist() == [float(right)] * (length - 2)
-        assert credit_NT[0, :2].tolist() == [float(not right)] * 2 and not credit_NT[0, length:].any()
+        credit_A = stepwise_credit(torch.tensor([1.0]), torch.tensor([[2, 4]]), right_NK, torch.tensor([length]))
+        assert credit_A.tolist() == [float(not right)] * 2 + [float(right)] * (length - 2)
 
 
 def test_unknown_rules_are_refused():
     """A misspelt rule that silently is plain GRPO."""
     with pytest.raises(ValueError, match="rule must be one of symmetric, positive, none, got 'sym'"):
-        stepwise_credit(torch.ones(1), torch.ones(1, 1, dtype=torch.long), torch.ones(1, 1).bool(), torch.ones(1), 1, "sym")
+        stepwise_credit(torch.ones(1), torch.ones(1, 1).long(), torch.ones(1, 1).bool(), torch.ones(1).long(), "sym")
 
 
 # The loss -------------------------------------------------------------------------------------------------------------
 
 
-def batch(N=5, T=9, seed=0, dtype=torch.float64):
-    """Inputs of policy_loss in which ratios go beyond both clips, and response lengths from 0 to T."""
+def batch(A=40, seed=0):
+    """Inputs of policy_loss in which ratios go beyond both clips."""
     draw = torch.Generator().manual_seed(seed)
-    normal = lambda scale: scale * torch.randn(N, T, generator=draw, dtype=dtype)
-    old_NT = -normal(1).abs() - 0.1
-    lengths_N = torch.tensor([T, 0, 1, T - 2, T // 2])[:N]
+    normal = lambda scale: scale * torch.randn(A, generator=draw, dtype=torch.float64)
+    old_A = -normal(1).abs() - 0.1
     return {
-        "logprobs_NT": (old_NT + normal(0.3)).requires_grad_(),
-        "credit_NT": normal(1) * (torch.rand(N, T, generator=draw) < 0.7),
-        "mask_NT": torch.arange(T) < lengths_N[:, None],
+        "logprobs_A": (old_A + normal(0.3)).requires_grad_(),
+        "credit_A": normal(1) * (torch.rand(A, generator=draw) < 0.7),
         "denominator": 20,
-        "old_logprobs_NT": old_NT,
-        "sampler_logprobs_NT": old_NT + normal(0.6),
-        "ref_logprobs_NT": old_NT + normal(0.5),
+        "old_logprobs_A": old_A,
+        "sampler_logprobs_A": old_A + normal(0.6),
+        "ref_logprobs_A": old_A + normal(0.5),
     }
 
 
+def part_of(inputs, tokens):
+    """The same inputs for some of their tokens."""
+    return {name: x[tokens] if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}
+
+
 def naive_loss(
-    logprobs_NT,
-    credit_NT,
-    mask_NT,
+    logprobs_A,
+    credit_A,
     denominator,
-    old_logprobs_NT=None,
-    sampler_logprobs_NT=None,
-    ref_logprobs_NT=None,
+    old_logprobs_A=None,
+    sampler_logprobs_A=None,
+    ref_logprobs_A=None,
     clip_low=0.2,
     clip_high=0.2,
     is_cap=2.0,
     kl_coef=0.0,
 ):
-    """Value, gradient and LossStats, one token after the other, the gradient by hand."""
-    total, gradient, stats = 0.0, torch.zeros_like(logprobs_NT), [0.0] * 6
-    for i, t in mask_NT.nonzero().tolist():
-        now, credit = logprobs_NT[i, t].item(), credit_NT[i, t].item()
-        old = now if old_logprobs_NT is None else old_logprobs_NT[i, t].item()
-        sampler = old if sampler_logprobs_NT is None else sampler_logprobs_NT[i, t].item()
-        ref = now if ref_logprobs_NT is None else ref_logprobs_NT[i, t].item()
+    """Value, gradient and statistics, one token after the other, the gradient by hand."""
+    total, gradient, stats = 0.0, torch.zeros_like(logprobs_A), [0.0] * 6
+    for t in range(len(logprobs_A)):
+        now, credit = logprobs_A[t].item(), credit_A[t].item()
+        old = now if old_logprobs_A is None else old_logprobs_A[t].item()
+        sampler = old if sampler_logprobs_A is None else sampler_logprobs_A[t].item()
+        ref = now if ref_logprobs_A is None else ref_logprobs_A[t].item()
         ratio, weight = math.exp(now - old), min(math.exp(old - sampler), is_cap)
         clipped = min(max(ratio, 1 - clip_low), 1 + clip_high)
         stopped = (credit > 0 and ratio > 1 + clip_high) or (credit < 0 and ratio < 1 - clip_low)
         total += (kl_coef * 0.5 * (now - ref) ** 2 - weight * credit * (clipped if stopped else ratio)) / denominator
-        gradient[i, t] = (kl_coef * (now - ref) - (0 if stopped else weight * credit * ratio)) / denominator
+        gradient[t] = (kl_coef * (now - ref) - (0 if stopped else weight * credit * ratio)) / denominator
         values = (1, 0.5 * (now - old) ** 2, stopped, abs(old - sampler), weight, 0.5 * (now - ref) ** 2)
         stats = [a + b for a, b in zip(stats, values, strict=True)]
-    return total, gradient, stats
+    return total, gradient, dict(zip(STATISTICS, stats, strict=True))
 
 
+STATISTICS = ["tokens", "approx_kl", "clipped", "mismatch", "is_weight", "ref_kl"]
 SETTINGS = [
     {},
     {"clip_low": 0.1, "clip_high": 0.4},
     {"is_cap": 1.0},
     {"kl_coef": 0.3},
-    {"old_logprobs_NT": None},
-    {"sampler_logprobs_NT": None},
-    {"ref_logprobs_NT": None, "kl_coef": 0.3},
-    {"old_logprobs_NT": None, "sampler_logprobs_NT": None, "ref_logprobs_NT": None},
+    {"old_logprobs_A": None},
+    {"sampler_logprobs_A": None},
+    {"ref_logprobs_A": None, "kl_coef": 0.3},
+    {"old_logprobs_A": None, "sampler_logprobs_A": None, "ref_logprobs_A": None},
 ]
 
 
@@ -236,10 +234,10 @@ def test_loss_equals_the_naive_version(changes, seed):
     loss, stats = policy_loss(**inputs)
     expected, gradient, sums = naive_loss(**inputs)
     assert loss.item() == pytest.approx(expected)
-    torch.testing.assert_close(torch.autograd.grad(loss, inputs["logprobs_NT"])[0], gradient)
-    assert astuple(stats) == pytest.approx(tuple(sums))
+    torch.testing.assert_close(torch.autograd.grad(loss, inputs["logprobs_A"])[0], gradient)
+    assert stats == pytest.approx(sums) and all(type(value) is float for value in stats.values())
     if not changes:
-        assert 0 < stats.clipped < stats.tokens, "the batch must hold clipped tokens for this test to tell"
+        assert 0 < stats["clipped"] < stats["tokens"], "the batch must hold clipped tokens for this test to tell"
 
 
 @pytest.mark.parametrize(
@@ -248,51 +246,50 @@ def test_loss_equals_the_naive_version(changes, seed):
 )
 def test_the_clip_stops_only_what_goes_too_far(ratio, credit, moves):
     """A clip that also stops the way back: a token that moved too far in the wrong direction could never return."""
-    logprobs_NT = torch.tensor([[math.log(ratio)]], requires_grad=True)
-    credit_NT, mask_NT, old_NT = torch.tensor([[credit]]), torch.ones(1, 1).bool(), torch.zeros(1, 1)
-    loss, stats = policy_loss(logprobs_NT, credit_NT, mask_NT, 1, old_NT)
-    gradient = torch.autograd.grad(loss, logprobs_NT)[0].item()
+    logprobs_A = torch.tensor([math.log(ratio)], requires_grad=True)
+    loss, stats = policy_loss(logprobs_A, torch.tensor([credit]), 1, torch.zeros(1))
+    gradient = torch.autograd.grad(loss, logprobs_A)[0].item()
     assert gradient == pytest.approx(-ratio * credit if moves else 0.0)
-    assert stats.clipped == float(not moves)
+    assert stats["clipped"] == float(not moves)
     bound = 1.2 if ratio > 1 else 0.8
     assert loss.item() == pytest.approx(-credit * (ratio if moves else bound))
 
 
 def test_clip_low_and_high_are_not_exchanged():
     """The wider upper clip of DAPO on the lower side."""
-    logprobs_NT = torch.tensor([[0.7, 1.35]]).log().requires_grad_()
-    credit_NT = torch.tensor([[-1.0, 1.0]])
-    ones = torch.ones(1, 2)
-    wide = policy_loss(logprobs_NT, credit_NT, ones, 1, torch.zeros(1, 2), clip_low=0.2, clip_high=0.4)[0]
-    assert torch.autograd.grad(wide, logprobs_NT)[0].tolist() == [[0.0, pytest.approx(-1.35)]]
-    narrow = policy_loss(logprobs_NT, credit_NT, ones, 1, torch.zeros(1, 2), clip_low=0.4, clip_high=0.2)[0]
-    assert torch.autograd.grad(narrow, logprobs_NT)[0].tolist() == [[pytest.approx(0.7), 0.0]]
+    logprobs_A = torch.tensor([0.7, 1.35]).log().requires_grad_()
+    inputs = logprobs_A, torch.tensor([-1.0, 1.0]), 1, torch.zeros(2)
+    wide, _ = policy_loss(*inputs, clip_low=0.2, clip_high=0.4)
+    assert torch.autograd.grad(wide, logprobs_A)[0].tolist() == [0.0, pytest.approx(-1.35)]
+    narrow, _ = policy_loss(*inputs, clip_low=0.4, clip_high=0.2)
+    assert torch.autograd.grad(narrow, logprobs_A)[0].tolist() == [pytest.approx(0.7), 0.0]
 
 
 def test_without_old_logprobs_it_is_reinforce():
     """A detached ratio (no gradient), or a value that is not the mean credit."""
     inputs = batch()
-    logprobs_NT, credit_NT, mask_NT = inputs["logprobs_NT"], inputs["credit_NT"], inputs["mask_NT"]
-    loss, stats = policy_loss(logprobs_NT, credit_NT, mask_NT, 20)
-    reinforce = -(logprobs_NT * credit_NT * mask_NT).sum() / 20
-    torch.testing.assert_close(torch.autograd.grad(loss, logprobs_NT), torch.autograd.grad(reinforce, logprobs_NT))
-    assert loss.item() == pytest.approx(-(credit_NT * mask_NT).sum().item() / 20)
-    assert (stats.approx_kl, stats.clipped, stats.mismatch, stats.is_weight) == (0.0, 0.0, 0.0, stats.tokens)
+    logprobs_A, credit_A = inputs["logprobs_A"], inputs["credit_A"]
+    loss, stats = policy_loss(logprobs_A, credit_A, 20)
+    reinforce = -(logprobs_A * credit_A).sum() / 20
+    torch.testing.assert_close(torch.autograd.grad(loss, logprobs_A), torch.autograd.grad(reinforce, logprobs_A))
+    assert loss.item() == pytest.approx(-credit_A.sum().item() / 20)
+    expected = {"tokens": 40, "approx_kl": 0, "clipped": 0, "mismatch": 0, "is_weight": 40, "ref_kl": 0}
+    assert stats == expected
 
 
 def test_importance_weights_are_truncated_and_carry_no_gradient():
     """Weights inverted, clipped from below (which biases what they correct), taken from the current policy, or trained."""
-    logprobs_NT = torch.full((1, 3), -1.0, requires_grad=True)
-    old_NT = torch.full((1, 3), -1.0, requires_grad=True)
-    sampler_NT = old_NT.detach() - torch.tensor([[0.25, 4.0, 1.5]]).log()
-    loss, stats = policy_loss(logprobs_NT, torch.ones(1, 3), torch.ones(1, 3), 1, old_NT.detach(), sampler_NT, is_cap=2.0)
-    torch.testing.assert_close(torch.autograd.grad(loss, logprobs_NT)[0], torch.tensor([[-0.25, -2.0, -1.5]]))
-    assert stats.is_weight == pytest.approx(3.75)
-    assert stats.mismatch == pytest.approx(math.log(4) + math.log(4) + math.log(1.5))
-    current = torch.full((1, 3), -1.1, requires_grad=True)
-    loss, _ = policy_loss(current, torch.ones(1, 3), torch.ones(1, 3), 1, old_NT.detach(), sampler_NT)
-    gradient = torch.tensor([[-0.25, -2.0, -1.5]]) * math.exp(-0.1)
-    torch.testing.assert_close(torch.autograd.grad(loss, current)[0], gradient)
+    logprobs_A = torch.full((3,), -1.0, requires_grad=True)
+    old_A = torch.full((3,), -1.0)
+    sampler_A = old_A - torch.tensor([0.25, 4.0, 1.5]).log()
+    loss, stats = policy_loss(logprobs_A, torch.ones(3), 1, old_A, sampler_A, is_cap=2.0)
+    torch.testing.assert_close(torch.autograd.grad(loss, logprobs_A)[0], torch.tensor([-0.25, -2.0, -1.5]))
+    assert stats["is_weight"] == pytest.approx(3.75)
+    assert stats["mismatch"] == pytest.approx(math.log(4) + math.log(4) + math.log(1.5))
+    current_A = torch.full((3,), -1.1, requires_grad=True)
+    loss, _ = policy_loss(current_A, torch.ones(3), 1, old_A, sampler_A)
+    gradient = torch.tensor([-0.25, -2.0, -1.5]) * math.exp(-0.1)
+    torch.testing.assert_close(torch.autograd.grad(loss, current_A)[0], gradient)
 
 
 def test_kl_term_has_the_gradient_of_the_kl():
@@ -305,33 +302,11 @@ def test_kl_term_has_the_gradient_of_the_kl():
     assert exact.abs().max() > 0.05
     expected = torch.zeros_like(exact)
     for token in range(7):  # every token that can be sampled, weighted by its probability
-        logprobs_NT = torch.log_softmax(logits_V, -1)[token].view(1, 1)
-        zero, one, ref_NT = torch.zeros(1, 1).double(), torch.ones(1, 1), log_ref[token].view(1, 1)
-        loss, stats = policy_loss(logprobs_NT, zero, one, 1, ref_logprobs_NT=ref_NT, kl_coef=0.5)
+        logprobs_A = torch.log_softmax(logits_V, -1)[[token]]
+        loss, stats = policy_loss(logprobs_A, torch.zeros(1), 1, ref_logprobs_A=log_ref[[token]], kl_coef=0.5)
         expected += log_p[token].exp().detach() * torch.autograd.grad(loss, logits_V)[0] / 0.5
-        assert stats.ref_kl == pytest.approx(0.5 * (log_p[token] - log_ref[token]).item() ** 2)
+        assert stats["ref_kl"] == pytest.approx(0.5 * (log_p[token] - log_ref[token]).item() ** 2)
     torch.testing.assert_close(expected, exact)
-
-
-@pytest.mark.parametrize("garbage", [0.0, 1e30, math.inf, -math.inf, math.nan])
-def test_padding_reaches_neither_loss_nor_gradient(garbage):
-    """inf * 0 = NaN from a mask that multiplies, the NaN gradient of a where around exp, padding in the normaliser."""
-    inputs = {**batch(), "kl_coef": 0.3}
-    loss, stats = policy_loss(**inputs)
-    gradient = torch.autograd.grad(loss, inputs["logprobs_NT"])[0]
-    padded = dict(inputs)
-    pad = torch.nn.functional.pad
-    for name in ("logprobs_NT", "credit_NT", "old_logprobs_NT", "sampler_logprobs_NT", "ref_logprobs_NT"):
-        wider = pad(inputs[name].detach(), (0, 3, 0, 2), value=garbage)
-        padded[name] = wider.masked_fill(~pad(inputs["mask_NT"], (0, 3, 0, 2)), garbage)
-    padded["mask_NT"] = pad(inputs["mask_NT"], (0, 3, 0, 2))
-    padded["logprobs_NT"].requires_grad_()
-    padded_loss, padded_stats = policy_loss(**padded)
-    padded_gradient = torch.autograd.grad(padded_loss, padded["logprobs_NT"])[0]
-    torch.testing.assert_close(padded_loss, loss, rtol=1e-12, atol=0)
-    assert torch.equal(padded_gradient[:5, :9], gradient)
-    assert not padded_gradient[5:].any() and not padded_gradient[:, 9:].any()
-    assert astuple(padded_stats) == pytest.approx(astuple(stats), rel=1e-12)
 
 
 def test_inputs_are_not_mutated():
@@ -343,9 +318,9 @@ def test_inputs_are_not_mutated():
     before = [x.detach().clone() for x in tensors]
     policy_loss(**inputs)[0].backward()
     for rule in RULES:
-        credit_NT = stepwise_credit(*rows, 4, rule)
-        rollout_stats(rewards_PG, rows[0], credit_NT, rows[3], torch.ones(6).bool())
-        credit_NT.zero_()  # the result must not be a view of an input either
+        credit_A = stepwise_credit(*rows, rule)
+        rollout_stats(rewards_PG, rows[0], credit_A, rows[3], torch.ones(6).bool())
+        credit_A.zero_()  # the result must not be a view of an input either
     group_advantages(rewards_PG, clamp=1.0).zero_()
     group_advantages(rewards_PG.float(), normalize_std=False).zero_()
     assert all(torch.equal(x, copy) for x, copy in zip(tensors, before, strict=True))
@@ -355,68 +330,62 @@ def test_micro_batches_add_up():
     """A normaliser per micro-batch, which weighs the tokens of short ones more, or statistics that are means."""
     inputs = {**batch(), "kl_coef": 0.2}
     whole, stats = policy_loss(**inputs)
-    gradient = torch.autograd.grad(whole, inputs["logprobs_NT"])[0]
-    parts = []
-    for rows in (slice(0, 1), slice(1, 2), slice(2, 5)):
-        part = {name: x[rows] if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}
-        parts.append(policy_loss(**part))
+    gradient = torch.autograd.grad(whole, inputs["logprobs_A"])[0]
+    parts = [policy_loss(**part_of(inputs, tokens)) for tokens in (slice(0, 9), slice(9, 9), slice(9, 10), slice(10, 40))]
     total = sum(loss for loss, _ in parts)
     torch.testing.assert_close(total, whole)
-    torch.testing.assert_close(torch.autograd.grad(total, inputs["logprobs_NT"])[0], gradient)
-    sums = [sum(values) for values in zip(*(astuple(part) for _, part in parts), strict=True)]
-    assert tuple(sums) == pytest.approx(astuple(stats))
+    torch.testing.assert_close(torch.autograd.grad(total, inputs["logprobs_A"])[0], gradient)
+    assert {name: sum(part[name] for _, part in parts) for name in stats} == pytest.approx(stats)
 
 
 def test_an_empty_micro_batch_is_zero_with_gradient():
     """A rank without answers that cannot run backward, or adds NaN."""
-    inputs = batch()
-    loss, stats = policy_loss(**{**inputs, "mask_NT": torch.zeros(5, 9).bool(), "kl_coef": 0.5})
-    assert loss.item() == 0 and astuple(stats) == (0.0,) * 6
-    assert not torch.autograd.grad(loss, inputs["logprobs_NT"])[0].any()
+    inputs = {**batch(), "kl_coef": 0.5}
+    loss, stats = policy_loss(**part_of(inputs, slice(0, 0)))
+    assert loss.item() == 0 and stats == dict.fromkeys(STATISTICS, 0.0)
+    assert not torch.autograd.grad(loss, inputs["logprobs_A"])[0].any()
 
 
 def test_masked_steps_stay_in_the_denominator():
     """Masking that raises the weight of the steps it keeps: a normaliser over tokens with credit."""
-    logprobs_NT = torch.zeros(1, 4, requires_grad=True)
+    logprobs_A = torch.zeros(4, requires_grad=True)
     for credit in ([1.0, 1, 1, 1], [1.0, 1, 0, 0]):
-        loss, stats = policy_loss(logprobs_NT, torch.tensor([credit]), torch.ones(1, 4), 4)
-        assert torch.autograd.grad(loss, logprobs_NT)[0].tolist() == [[-c / 4 for c in credit]]
-        assert stats.tokens == 4
+        loss, stats = policy_loss(logprobs_A, torch.tensor(credit), 4)
+        assert torch.autograd.grad(loss, logprobs_A)[0].tolist() == [-c / 4 for c in credit]
+        assert stats["tokens"] == 4
 
 
 def test_eos_carries_credit_to_the_loss():
-    """The last token cut out of the mask: from credit to gradient, each of the answer's tokens moves and no other."""
-    lengths_N = torch.tensor([4, 6])
+    """The last token left out: from credit to gradient, each token moves, and where its own answer's advantage pushes it."""
     ends_NK, right_NK = torch.tensor([[1, 3], [2, 5]]), torch.tensor([[True, True], [False, False]])
-    credit_NT = stepwise_credit(torch.tensor([1.0, -1.0]), ends_NK, right_NK, lengths_N, 8)
-    logprobs_NT = torch.full((2, 8), -1.0, requires_grad=True)
-    mask_NT = torch.arange(8) < lengths_N[:, None]
-    gradient = torch.autograd.grad(policy_loss(logprobs_NT, credit_NT, mask_NT, 10)[0], logprobs_NT)[0]
-    assert torch.equal(gradient != 0, mask_NT)
+    credit_A = stepwise_credit(torch.tensor([1.0, -1.0]), ends_NK, right_NK, torch.tensor([4, 6]))
+    logprobs_A = torch.full((10,), -1.0, requires_grad=True)
+    gradient = torch.autograd.grad(policy_loss(logprobs_A, credit_A, 10)[0], logprobs_A)[0]
+    assert gradient.tolist() == pytest.approx([-0.1] * 4 + [0.1] * 6)
 
 
-@pytest.mark.parametrize("name", ["credit_NT", "mask_NT", "old_logprobs_NT", "sampler_logprobs_NT", "ref_logprobs_NT"])
+@pytest.mark.parametrize("name", ["credit_A", "old_logprobs_A", "sampler_logprobs_A", "ref_logprobs_A"])
 def test_mismatched_shapes_are_refused(name):
-    """One row, or one column, that broadcasts over the whole batch."""
+    """One token that broadcasts over the whole batch, or padded rows among packed ones."""
     inputs = batch()
-    for smaller in (inputs[name][:1], inputs[name][:, :1], inputs[name][0]):
-        with pytest.raises(ValueError, match=r"has shape \[.*, log-probabilities \[5, 9\]"):
-            policy_loss(**{**inputs, name: smaller})
+    for other in (inputs[name][:1], inputs[name][0], inputs[name][None]):
+        with pytest.raises(ValueError, match=r"has shape \[.*, log-probabilities \[40\]"):
+            policy_loss(**{**inputs, name: other})
 
 
 # What to watch --------------------------------------------------------------------------------------------------------
 
 
 def test_rollout_stats():
-    """Padding counted, groups without variance judged by rounding, answers without advantage counted as masked."""
+    """Tokens of another answer counted, groups without variance judged by rounding, answers without advantage as masked."""
     rewards_PG = torch.tensor([[1.0, 0.0], [0.1, 0.1], [1.0, 1.0]])
     advantages_N = group_advantages(rewards_PG).flatten()
     lengths_N = torch.tensor([3, 4, 2, 2, 5, 1])
     ends_NK = torch.tensor([[1, 2], [1, 3], [1, 2], [1, 2], [1, 2], [0, 0]])
     right_NK = torch.tensor([[True, False], [True, False]] + [[False, False]] * 4)
-    credit_NT = stepwise_credit(advantages_N, ends_NK, right_NK, lengths_N, 6)
+    credit_A = stepwise_credit(advantages_N, ends_NK, right_NK, lengths_N)
     ended_N = torch.tensor([True, True, True, True, True, False])
-    stats = rollout_stats(rewards_PG, advantages_N, credit_NT, lengths_N, ended_N)
+    stats = rollout_stats(rewards_PG, advantages_N, credit_A, lengths_N, ended_N)
     # Of the first answer (won) tokens 1 and 2 are masked, of the second (lost) token 0: 3 of 7.
     expected = {"reward": (1 + 0 + 0.1 + 0.1 + 1 + 1) / 6, "frac_zero_std": 2 / 3, "truncated": 1 / 6, "masked": 3 / 7}
     assert stats == pytest.approx({**expected, "length": 17 / 6})
@@ -425,9 +394,7 @@ def test_rollout_stats():
 
 def test_rollout_stats_without_signal():
     """0 / 0 where no group has a signal."""
-    rewards_PG = torch.zeros(1, 2)
-    zeros_N = torch.zeros(2)
-    stats = rollout_stats(rewards_PG, zeros_N, torch.zeros(2, 3), torch.tensor([3, 3]), torch.ones(2).bool())
+    stats = rollout_stats(torch.zeros(1, 2), torch.zeros(2), torch.zeros(6), torch.tensor([3, 3]), torch.ones(2).bool())
     assert stats["masked"] == 0.0 and stats["frac_zero_std"] == 1.0
 
 

@@ -7,8 +7,8 @@ import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 
-import numpy as np
 import pytest
 import torch
 from conftest import NOTES, ROOT
@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import grm
 import parallel
-import rollout
+import sam
 import train
 
 SMALL = ["--sft_steps=4", "--sft_batch=4", "--rl_steps=4", "--prompts_per_step=3", "--group_size=2", "--eval_every=2"]
@@ -38,9 +38,60 @@ def task(tmp_path):
 
 
 def run(monkeypatch, task, out, *flags):
-    """train.py in this process."""
+    """train.py in this process, as a script."""
     monkeypatch.setattr(sys, "argv", ["train.py", f"--task={task}", f"--out={out}", *SMALL, *flags])
-    train.main()
+    runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+
+
+def stop_after(monkeypatch, stage, step):
+    """From now on a run gets SIGTERM when it has logged a step."""
+    log = parallel.Progress.log
+
+    def stopping(self, name, record):
+        log(self, name, record)
+        if name == "timing" and (record["stage"], record["step"]) == (stage, step) and "update_s" in record:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(parallel.Progress, "log", stopping)
+
+
+class Parts:
+    """What train.main makes of a task before its story begins, in one process; optimizer steps are noted, and taken."""
+
+    def __init__(self, monkeypatch, task, out, *flags):
+        self.config = train.parse_config([f"--task={task}", f"--out={out}", *SMALL, *flags])
+        self.ranks = parallel.Ranks()
+        model, tokenizer = grm.load_model(self.config.model, "meta")
+        context = model.config.max_position_embeddings
+        self.renderer = grm.Renderer(grm.Task.load(task), tokenizer, context, self.config.max_new_tokens)
+        self.data = train.load_data(self.config, self.renderer.task, self.renderer)
+        self.make = partial(train.make_policy, self.config.model, self.config)
+        self.policy = parallel.shard(self.make, self.ranks)
+        self.optimizer = torch.optim.AdamW(self.policy.parameters())
+        self.gradients, self.records = [], []
+        step = parallel.Progress.optimizer_step
+
+        def noted(progress, module, *args):
+            self.gradients.append([p.grad.clone() for p in module.parameters()])
+            return step(progress, module, *args)
+
+        monkeypatch.setattr(parallel.Progress, "optimizer_step", noted)
+        # Answers of a fresh model are all wrong, which gives no signal.
+        monkeypatch.setattr(
+            sam, "stepwise_credit", lambda *args: torch.linspace(-1, 1, int(args[3].sum()), device=args[3].device)
+        )
+
+    def train(self, stage, sampling_model):
+        """A stage of train.py; returns what it logs of its last step."""
+        logs = ("metrics", "timing", "samples")
+        progress = parallel.Progress(f"{self.config.out}-{stage}", {}, self.ranks, stage=stage, logs=logs)
+        progress.start(self.policy, self.optimizer)
+        rest = (self.data, self.config, self.ranks, progress)
+        if stage == "sft":
+            train.sft(self.policy, sampling_model, self.optimizer, *rest)
+        else:
+            train.rl(self.policy, sampling_model, self.optimizer, self.renderer, *rest)
+        return lines(progress.out / "metrics.jsonl")[-1]
 
 
 def lines(path):
@@ -67,7 +118,7 @@ def test_torchrun_writes_everything(task, tmp_path):
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
     summary = json.loads((out / "summary.json").read_text())
     assert set(summary) == {"sft", "rl"} and set(summary["rl"]) == {"test_random", "test_longtail"}
-    assert {"accuracy", "macro_f1", "kappa", "step_accuracy", "classes"} <= set(summary["sft"]["test_random"])
+    assert {"accuracy", "macro_f1", "kappa", "step_accuracy", "recall", "confusion"} <= set(summary["sft"]["test_random"])
     for name in ("sft", "model"):
         model = AutoModelForCausalLM.from_pretrained(out / name)
         assert model.generation_config.eos_token_id == 2
@@ -83,20 +134,13 @@ def test_same_seed_same_bytes_and_resume_equals_straight_run(task, tmp_path, mon
     expected = (tmp_path / "a" / "metrics.jsonl").read_bytes()
     assert (tmp_path / "b" / "metrics.jsonl").read_bytes() == expected
 
-    log = train.Run.log
     for stage in ("sft", "rl"):
-
-        def stopping(self, name, record, stage=stage):
-            log(self, name, record)
-            if name == "timing" and (record["stage"], record["step"]) == (stage, 2) and "update_s" in record:
-                signal.raise_signal(signal.SIGTERM)
-
-        monkeypatch.setattr(train.Run, "log", stopping)
-        run(monkeypatch, task, tmp_path / "c", "--updates_per_batch=2", "--kl_coef=0.1")
+        with monkeypatch.context() as patched:
+            stop_after(patched, stage, 2)
+            run(patched, task, tmp_path / "c", "--updates_per_batch=2", "--kl_coef=0.1")
         assert "goes on" in capsys.readouterr().out
         with open(tmp_path / "c" / "metrics.jsonl", "a") as file:
             file.write('{"stage": "rl", "step": 99}\n')  # as if killed later: what came after the checkpoint is redone
-    monkeypatch.setattr(train.Run, "log", log)
     run(monkeypatch, task, tmp_path / "c", "--updates_per_batch=2", "--kl_coef=0.1")
     assert (tmp_path / "c" / "metrics.jsonl").read_bytes() == expected
     assert (tmp_path / "c" / "summary.json").read_bytes() == (tmp_path / "a" / "summary.json").read_bytes()
@@ -182,7 +226,7 @@ REFUSED = {
     "context": (
         break_file("train.jsonl", second_line(LONG)), [], r"train\.jsonl:2: the criteria and the query alone",
     ),
-    "no room for a prompt": (lambda task: None, ["--max_new_tokens=510"], "--max_new_tokens 510"),
+    "no room for a prompt": (lambda task: None, ["--max_new_tokens=511"], "--max_new_tokens 511: leaves no room"),
     "response too long": (lambda task: None, ["--max_new_tokens=20"], "more than --max_new_tokens"),
     "group of one": (lambda task: None, ["--group_size=1"], "--group_size 1"),
     "negative rate": (lambda task: None, ["--lr=-1"], "--lr -1.0"),
@@ -215,7 +259,7 @@ def test_unknown_flags_and_values_are_refused(task, tmp_path, monkeypatch, capsy
         assert flags[0].split("=")[0] in capsys.readouterr().err
     with pytest.raises(SystemExit) as caught:
         run(monkeypatch, task, tmp_path / "out", "--help")
-    assert caught.value.code == 0 and "5 % of" in " ".join(capsys.readouterr().out.split())
+    assert caught.value.code == 0 and "5 % warm-up" in " ".join(capsys.readouterr().out.split())
 
 
 def test_byte_order_marks_and_line_ends_of_windows(task):
@@ -254,121 +298,70 @@ def test_an_output_folder_of_another_run_is_refused(task, tmp_path, monkeypatch)
 def test_batches_are_epochs_of_shuffles():
     """Every record once an epoch, also across the seam of a batch, in an order that depends on the seed."""
     records = list(range(10))
-    drawn = [r for step in range(5) for r in train.batch_at(records, 4, step, 0, 1)]
+    drawn = [r for step in range(5) for r in parallel.epoch_batch(records, 4, step, 0, 1)]
     assert sorted(drawn[:10]) == records and sorted(drawn[10:]) == records and drawn[:10] != drawn[10:]
-    assert train.batch_at(records, 4, 0, 0, 1) != train.batch_at(records, 4, 0, 7, 1)
-
-
-def test_both_engines_judge_alike(task):
-    """Evaluation in training (shared prefixes) and `grm.py score` (padded rows) must give the same grades."""
-    records = grm.Task.load(task).read(task / "test_random.jsonl")
-    results = []
-    for tree in (True, False):
-        model, tokenizer = grm.load_model(task / "model", seed=1)
-        tokens = grm.TokenTask(grm.Task.load(task), tokenizer)
-        if tree:
-            engine = rollout.TreeEngine(rollout.use_tree_attention(model), tokens.eos_id, 56, max_tokens=500)
-        else:
-            engine = grm.PaddedEngine(model, tokens.eos_id, 56)
-        results.append(grm.judge(tokens, engine, records))
-    for a, b in zip(*results, strict=True):
-        assert a["answer"] == b["answer"] and a["grade"] == pytest.approx(b["grade"], abs=1e-4)
+    assert parallel.epoch_batch(records, 4, 0, 0, 1) != parallel.epoch_batch(records, 4, 0, 7, 1)
 
 
 def test_sampler_copy_follows_the_master_weights(task, tmp_path, monkeypatch):
-    """On CUDA the sampler is a bfloat16 copy; here it is made on CPU, and must follow every update."""
-    config = train.parse_config([f"--task={task}", f"--out={tmp_path / 'out'}", *SMALL])
-    one = train.Run(config, parallel.Ranks())
-    one.sampler = parallel.whole_copy(grm.load_model(task / "model", "meta")[0], one.model, half=True)
-    buffers = [x.dtype for x in one.sampler.buffers()]
+    """On CUDA the sampler is a bfloat16 copy; here it is made on CPU, and must follow every update of both stages."""
+    flags = ["--sft_steps=1", "--rl_steps=1", "--sft_lr=1e-2", "--lr=1e-2", "--updates_per_batch=2"]
+    parts = Parts(monkeypatch, task, tmp_path / "out", *flags)
+    sampling_model = parallel.whole_copy(parts.make, parts.policy, parts.ranks, bf16=True).model
+    buffers = [x.dtype for x in sampling_model.buffers()]
     assert buffers and set(buffers) == {torch.float32}  # rotary frequencies in bfloat16 would move far positions
-    for p in one.model.parameters():
-        p.grad = torch.ones_like(p)
-    one.update(0.0, 1e-2)
-    for ours, theirs in zip(one.sampler.parameters(), one.model.parameters(), strict=True):
-        assert torch.equal(ours, theirs.to(torch.bfloat16))
+    for stage in ("sft", "rl"):
+        former = [p.clone() for p in sampling_model.parameters()]
+        parts.train(stage, sampling_model)
+        for ours, theirs in zip(sampling_model.parameters(), parts.policy.parameters(), strict=True):
+            assert torch.equal(ours, theirs.to(torch.bfloat16))
+        assert not any(torch.equal(a, b) for a, b in zip(former, sampling_model.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("max_tokens", [100, 600, 10**6])
-def test_mode_balance_adds_the_sft_gradient(task, tmp_path, max_tokens):
-    """The gradient with --sft_coef is that of RL plus lambda times that of SFT, whether a micro-batch holds answers,
-    demonstrations or both; the RL figures stay the same."""
-    config = train.parse_config([f"--task={task}", f"--out={tmp_path / 'out'}", *SMALL, f"--max_tokens={max_tokens}"])
-    one = train.Run(config, parallel.Ranks())
-    batch, demonstrations = one.data["train"][:3], one.data["sft"][:4]
-    prompts = [r["prompt_ids"] for r in batch]
-    sampled = rollout.sample(one.sampler, prompts, group_size=2, max_new_tokens=20, eos_id=one.tokens.eos_id)
-    credit_NT = torch.linspace(-1, 1, sampled.ids_NT.numel()).view(sampled.ids_NT.shape)
-    one.update = lambda loss, lr: 0.0
-    grads, figures = [], []
-    for coefficient, demos in ((0.0, ()), (0.3, demonstrations)):
-        config.sft_coef = coefficient
-        figures.append(train.rl_update(one, prompts, sampled, credit_NT, 0.0, demos))
-        grads.append([p.grad.clone() for p in one.model.parameters()])
-    one.optimizer.zero_grad()
+def test_mode_balance_adds_the_sft_gradient(task, tmp_path, monkeypatch, max_tokens):
+    """The gradient with --sft_coef is that of RL plus lambda times that of SFT, however both are cut into micro-batches;
+    so is the loss, and the figures of RL stay the same."""
+    records, gradients = [], []
+    for coef in (0.0, 0.3):
+        flags = ["--rl_steps=1", "--max_new_tokens=48", f"--sft_coef={coef}", f"--max_tokens={max_tokens}"]
+        parts = Parts(monkeypatch, task, tmp_path / str(coef), *flags)
+        records.append(parts.train("rl", parts.policy.model))
+        gradients += parts.gradients
+    model, _ = grm.load_model(task / "model", "cpu", seed=0)
+    demonstrations = parallel.epoch_batch(parts.data["sft"], parts.config.sft_batch, 0, 0, 2)
     naive = 0.0
     for r in demonstrations:
-        logprobs_A, _, _ = one.answer_logprobs(one.model, [r["prompt_ids"]], [[r["answer_ids"]]])
-        naive = naive - logprobs_A.sum() / sum(len(d["answer_ids"]) for d in demonstrations)
+        logits = model(torch.tensor([r["prompt_ids"] + r["answer_ids"]])).logits[0, len(r["prompt_ids"]) - 1 : -1]
+        naive = naive + torch.nn.functional.cross_entropy(logits, torch.tensor(r["answer_ids"]), reduction="sum")
+    naive = naive / sum(len(r["answer_ids"]) for r in demonstrations)
     naive.backward()
-    assert figures[1]["sft_loss"] == pytest.approx(float(naive), rel=1e-5)
-    assert all(
-        figures[1][key] == pytest.approx(figures[0][key], rel=1e-5, abs=1e-6) for key in ("entropy", "mismatch", "is_weight")
-    )
-    for rl, both, p in zip(*grads, one.model.parameters(), strict=True):
-        torch.testing.assert_close(both, rl + 0.3 * p.grad, atol=1e-5, rtol=1e-4)
+    naive = naive.item()
+    assert records[1]["sft_loss"] == pytest.approx(naive, rel=1e-5)
+    assert records[1]["loss"] == pytest.approx(records[0]["loss"] + 0.3 * naive, rel=1e-5)
+    for key in records[0].keys() - {"loss", "grad_norm"}:
+        assert records[1][key] == (records[0][key] if key == "stage" else pytest.approx(records[0][key], rel=1e-5, abs=1e-6))
+    for rl, both, p in zip(*gradients, model.parameters(), strict=True):
+        assert rl.any()
+        torch.testing.assert_close((both - rl).cpu(), 0.3 * p.grad, atol=1e-5, rtol=1e-4)
 
 
-def curriculum(records, **settings):
-    return train.Curriculum(records, train.Config(**{"prompts_per_step": 4, "group_size": 4, "rl_steps": 10, **settings}))
-
-
-def test_curriculum_prefers_pairs_that_are_sometimes_right():
-    """Groups that are all right or all wrong teach nothing; they are drawn rarely, but never dropped for good."""
-    chosen = curriculum([{}] * 12, curriculum="passrate", rl_steps=2000)
-    rates = np.array([0.0, 0.5, 1.0] * 4)
-    drawn = np.zeros(12)
-    for step in range(2000):
-        indices = chosen.batch(step)
-        assert len(set(indices)) == 4
-        rewards = np.random.default_rng(step).random((4, 4)) < rates[indices][:, None]
-        chosen.update(indices, torch.tensor(rewards, dtype=torch.float32))
-        if step >= 100:
-            drawn[indices] += 1
-    assert drawn.min() > 20
-    assert drawn[1::3].min() > 2 * max(drawn[0::3].max(), drawn[2::3].max())
-
-
-def test_curriculum_off_is_shuffled_epochs():
-    """Every pair once an epoch, and a pass rate changes nothing."""
-    chosen = curriculum([{}] * 8)
-    chosen.update([0, 1], torch.ones(2, 4))
-    assert sorted(chosen.batch(0) + chosen.batch(1)) == [*range(8)]
-
-
-@pytest.mark.parametrize("kind", ["off", "passrate"])
-def test_stages_come_in_order(kind):
-    """Pairs of stage 1 before those of stage 2, each for its share of the steps."""
-    chosen = curriculum([{"stage": 2}] * 8 + [{"stage": 1}] * 12, curriculum=kind)
-    for step in range(10):
-        assert all((i >= 8) == (step < 6) for i in chosen.batch(step))
+def test_stages_come_in_order():
+    """Pairs of stage 1 before those of stage 2, each for its share of the steps, and within a stage each once an epoch."""
+    records = [{"stage": 2, "i": i} for i in range(8)] + [{"stage": 1, "i": i} for i in range(8, 20)]
+    stages = train.by_stage(records, 10)
+    drawn = [r["i"] for step in range(10) for r in train.draw_pairs(stages, step, train.Config(prompts_per_step=4))]
+    for start, end, first, last in ((0, 12, 8, 20), (12, 24, 8, 20), (24, 32, 0, 8), (32, 40, 0, 8)):
+        assert sorted(drawn[start:end]) == [*range(first, last)]
 
 
 def test_everything_at_once_resumes(task, tmp_path, monkeypatch, capsys):
-    """Mode balance, pass rates and stages: a run stopped in RL goes on to the same bytes."""
+    """Mode balance and stages: a run stopped in RL goes on to the same bytes."""
     records = lines(task / "train.jsonl")
     write(task / "train.jsonl", [{**r, "stage": i % 2} for i, r in enumerate(records)])
-    flags = ["--sft_coef=0.1", "--curriculum=passrate", "--rl_steps=6"]
+    flags = ["--sft_coef=0.1", "--rl_steps=6"]
     run(monkeypatch, task, tmp_path / "straight", *flags)
-    update, calls = train.Curriculum.update, []
-
-    def stop_at_second(self, *args):
-        update(self, *args)
-        calls.append(1)
-        if len(calls) == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(train.Curriculum, "update", stop_at_second)
+    stop_after(monkeypatch, "rl", 3)
     run(monkeypatch, task, tmp_path / "stopped", *flags)
     assert "rl step 3" in capsys.readouterr().out
     run(monkeypatch, task, tmp_path / "stopped", *flags)

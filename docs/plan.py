@@ -1,0 +1,230 @@
+"""Will it fit? What each GPU will hold when train.py trains a model, from its config alone.
+
+    python docs/plan.py --model Qwen/Qwen3-8B --gpus 8 --gpu_gb 80
+
+It says "fits", or which flags of train.py would make it fit. Weights, moments, gradients and caches
+follow from shapes; activations are counted on torch's meta device, which computes nothing; what a
+step holds only for a moment is estimated. tests/peak.py sets measured peaks beside it.
+Shapes: H attention heads, K key-value heads, S tokens, D head size.
+"""
+
+import argparse
+import sys
+from functools import cache
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import rollout
+from train import Config
+
+LOGITS = 2**24  # of one chunk in rollout.token_logprobs
+
+
+class _KeptByAttention(torch.autograd.Function):
+    """Attention as far as memory goes: a fused kernel keeps queries, keys, values, its output."""
+
+    @staticmethod
+    def forward(ctx, q_HSD, k_KSD, v_KSD):
+        out_SHD = q_HSD.transpose(0, 1).contiguous()
+        ctx.save_for_backward(q_HSD, k_KSD, v_KSD, out_SHD)
+        return out_SHD
+
+
+class _PlannedTree:
+    """Stands for a rollout.Tree on the meta device."""
+
+    max_position = 0
+
+    def attend(self, layer, q_HSD, k_KSD, v_KSD, scale):
+        return _KeptByAttention.apply(q_HSD, k_KSD, v_KSD)
+
+
+def activation_bytes(model, tokens):
+    """Bytes that a forward pass over `tokens` tokens keeps for the backward pass.
+
+    model: on meta, under rollout.use_tree_attention, in the dtype of the computation.
+    """
+    weights = {p.untyped_storage()._cdata for p in model.parameters()}
+    kept = {}
+
+    def keep(x):
+        storage = x.untyped_storage()
+        if x.is_floating_point() and storage._cdata not in weights:
+            kept[storage._cdata] = storage  # held, so that no other gets its address
+        return x
+
+    ids = torch.zeros(1, tokens, dtype=torch.long, device="meta")
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        model.base_model(input_ids=ids, position_ids=ids, tree=_PlannedTree(), use_cache=False)
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+@cache
+def bytes_per_token(model, bf16):
+    """Activations of one more token in a micro-batch, without what does not grow with it."""
+    if bf16:
+        model.to(torch.bfloat16)
+    growth = activation_bytes(model, 128) - activation_bytes(model, 64)
+    model.to(torch.float32)
+    return growth / 64
+
+
+def memory_plan(
+    model,
+    *,
+    ranks=1,
+    max_tokens=Config.max_tokens,
+    cache_tokens=Config.cache_tokens,
+    activation_checkpointing=False,
+    kl=False,
+    bf16=True,
+):
+    """What each rank will hold, {what: bytes}, with "peak".
+
+    model: on meta, in float32, under tree attention. max_tokens, cache_tokens: taken as used up.
+    kl: with a frozen reference model. bf16: as on GPUs, which compute and sample in bfloat16;
+    False: as on the CPU.
+    """
+    config = model.config
+    size = 2 if bf16 else 4  # bytes of a number in the computation
+    layers = [count(layer) for layer in model.base_model.layers]
+    total = count(model)
+    layer = max(layers)
+    root = total - sum(layers)  # embedding, head and norm, which FSDP gathers together
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    token = bytes_per_token(model, bf16)
+    layer_token = token / len(layers)
+
+    # Of the reference, FSDP gathers the root once: without a backward pass it is never freed.
+    reference = 4 * total / ranks + (size * root if ranks > 1 else 0)
+    always = {
+        "master weights (float32)": 4 * total / ranks,
+        "optimizer (two moments, float32)": 8 * total / ranks,
+        "sampling copy": size * total if bf16 or ranks > 1 else 0,
+        "reference model": reference if kl else 0,
+    }
+    if activation_checkpointing:
+        activations = size * config.hidden_size * len(layers) * max_tokens  # inputs of layers
+    else:
+        activations = token * max_tokens
+    if ranks > 1:
+        # Root, this layer and the next; of one layer, gradients before and after their reduction.
+        gathered = size * (root + 2 * layer) + (4 + size) * layer
+    else:
+        gathered = size * total if bf16 else 0  # autocast's copies
+    chunk = 3 * 4 * min(LOGITS, max_tokens * config.vocab_size)
+    backward = 1.3 * layer_token * max_tokens  # of one layer; 1.3 is fitted to tests/peak.py
+    update = {
+        "gradients (float32)": 4 * total / ranks,
+        "activations": activations,
+        "gathered weights": gathered,
+        "logits, gradients on their way": max(chunk, backward) + 2 * size * root,
+    }
+    per_token = len(layers) * 2 * config.num_key_value_heads * head_dim * size
+    sampling = {
+        "key-value cache": per_token * cache_tokens,
+        "prefill": layer_token * rollout.PREFILL_TOKENS,
+    }
+    moments = [
+        sum(update.values()),
+        sum(sampling.values()),  # without gradients: an optimizer step ends with clearing them
+        2 * update["gradients (float32)"] if bf16 else 0,  # AdamW's temporaries on CUDA
+    ]
+    peak = sum(always.values()) + max(moments)
+    return always | update | sampling | {"peak": peak}
+
+
+def count(module):
+    """Number of a module's parameters."""
+    return sum(p.numel() for p in module.parameters())
+
+
+def load_skeleton(source):
+    """A model from its config alone, on meta, under tree attention. Raises OSError, ValueError."""
+    if source.startswith((".", "/")) and not Path(source).exists():
+        raise OSError("no such folder")
+    with torch.device("meta"):
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    return rollout.use_tree_attention(model)
+
+
+def remedy(model, settings, limit):
+    """What makes it fit, in words, or None: checkpointing, then smaller budgets, then more GPUs."""
+    for times in (1, 2, 4, 8, 16, 32):
+        for share in (1, 2, 4, 8):
+            changed = settings | {"activation_checkpointing": True}
+            flags = ["--activation_checkpointing"]
+            if share > 1:
+                for name in ("max_tokens", "cache_tokens"):
+                    changed[name] = settings[name] // share
+                    flags.append(f"--{name} {changed[name]}")
+            if times > 1:
+                changed["ranks"] = settings["ranks"] * times
+                flags.append(f"on {changed['ranks']} GPUs")
+            if memory_plan(model, **changed)["peak"] <= limit:
+                return " ".join(flags)
+    return None
+
+
+def parse_args():
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", required=True, help="model folder or hub name")
+    parser.add_argument("--gpus", type=int, default=8, help="number of GPUs (default 8)")
+    parser.add_argument(
+        "--gpu_gb", type=float, default=80, help="memory of a GPU, in GB of 10^9 bytes (default 80)"
+    )
+    parser.add_argument(
+        "--max_tokens", type=int, default=Config.max_tokens, help="as of train.py, like the next"
+    )
+    parser.add_argument("--cache_tokens", type=int, default=Config.cache_tokens)
+    parser.add_argument("--activation_checkpointing", action="store_true")
+    parser.add_argument("--kl", action="store_true", help="with --kl_coef: a reference model")
+    args = parser.parse_args()
+    for name in ("gpus", "gpu_gb", "max_tokens", "cache_tokens"):
+        if not getattr(args, name) > 0:
+            parser.error(f"--{name} {getattr(args, name)}: must be above 0")
+    return args
+
+
+def main():
+    """Print the plan, whether it fits, and what would if not."""
+    args = parse_args()
+    try:
+        model = load_skeleton(args.model)
+    except (OSError, ValueError) as error:
+        first_line = str(error).partition("\n")[0]
+        sys.exit(f"--model {args.model}: {first_line}")
+    settings = {
+        "ranks": args.gpus,
+        "max_tokens": args.max_tokens,
+        "cache_tokens": args.cache_tokens,
+        "activation_checkpointing": args.activation_checkpointing,
+        "kl": args.kl,
+    }
+    limit = args.gpu_gb * 1e9
+    plan = memory_plan(model, **settings)
+    print(f"{args.model}: {count(model) / 1e9:.2f} B parameters")
+    print(f"{args.gpus} GPUs of {args.gpu_gb:g} GB; each holds, in GB:")
+    for name, size in plan.items():
+        print(f"{name:>34}{size / 1e9:9.1f}")
+    if plan["peak"] <= limit:
+        print("fits")
+    elif flags := remedy(model, settings, limit):
+        print(f"does not fit; this does: {flags}")
+    else:
+        copy = plan["sampling copy"] / 1e9
+        print(
+            "does not fit on any number of such GPUs: "
+            f"each samples from a whole copy of {copy:.1f} GB"
+        )
+
+
+if __name__ == "__main__":
+    main()
