@@ -287,12 +287,8 @@ class Config:
     save_every: int = setting(500, "save every so many steps (0: only when stopped)", min=0)
 
 
-FREE = (
-    "out",
-    "max_tokens",
-    "cache_tokens",
-    "save_every",
-)  # may change when a run is taken up again
+# What may change when a run is taken up again: results do not depend on it beyond rounding.
+FREE = ("out", "cache", "max_tokens", "cache_tokens", "save_every")
 
 
 def parse_config(argv=None):
@@ -882,10 +878,7 @@ def main():
     student.encode(pairs)
     for test in tests.values():
         student.encode(test)
-    try:
-        out.mkdir(parents=True, exist_ok=True)  # fails now, not after hours of the teacher's work
-    except OSError as error:
-        raise grm.TaskError(f"--out {out}: {error.strerror}") from None
+    progress.start(student, optimizer)
 
     # Stage 1: what the teacher thinks
     start = time.perf_counter()
@@ -896,7 +889,6 @@ def main():
 
     # Stage 2: the student learns it
     start = time.perf_counter()
-    progress.start(student, optimizer)
     sampling_student = parallel.whole_copy(make, student, ranks, bf16) if config.on_policy else None
     ranks.stop_on_signals()
     train(student, sampling_student, optimizer, pairs, config, ranks, progress)

@@ -1,10 +1,10 @@
 """The README's table of distillation losses on the embedded task.
 
-    python docs/distillation.py --teacher runs/notes/model --out runs/losses  # about an hour on 2 CPU cores
+    python docs/distillation.py --teacher runs/notes/model --out runs/losses
 
 Two students: the classifier of data/notes/student, and a causal Qwen3 of a quarter of the teacher's
 size (made here), which gives the label first or reasons like the teacher. Runs that are done are
-not done again. Writes OUT/table.md.
+not done again. Writes OUT/table.md; about an hour on 2 CPU cores.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 CAUSAL = ["--student", "OUT/causal", "--steps", 3000, "--lr", 2e-3]
 # From the student of forward KL.
-FURTHER = ["--student", "OUT/forward/model", "--steps", 500, "--lr", 3e-4]
+AFTER = ["--student", "OUT/forward/model", "--steps", 500, "--lr", 3e-4]
 RUNS = {  # name: (what it is, flags)
     "gold": ("classifier, gold labels alone (4,500 pairs)", ["--loss", "gold"]),
     "label": ("classifier, label KL + 0.1 gold (the default)", []),
@@ -29,18 +29,12 @@ RUNS = {  # name: (what it is, flags)
     "forward": ("causal, reasons, forward KL", [*CAUSAL, "--loss", "forward"]),
     "reverse": ("causal, reasons, reverse KL", [*CAUSAL, "--loss", "reverse"]),
     "js": ("causal, reasons, Jensen-Shannon", [*CAUSAL, "--loss", "js"]),
-    "on-js": (
-        "forward KL, then on-policy Jensen-Shannon",
-        [*FURTHER, "--loss", "js", "--on_policy"],
-    ),
+    "on-js": ("forward KL, then on-policy Jensen-Shannon", [*AFTER, "--loss", "js", "--on_policy"]),
     "on-reverse": (
         "forward KL, then on-policy reverse KL",
-        [*FURTHER, "--loss", "reverse", "--on_policy"],
+        [*AFTER, "--loss", "reverse", "--on_policy"],
     ),
-    "off-js": (
-        "forward KL, then as long off-policy Jensen-Shannon",
-        [*FURTHER, "--loss", "js"],
-    ),
+    "off-js": ("forward KL, then as long off-policy Jensen-Shannon", [*AFTER, "--loss", "js"]),
 }
 
 
@@ -61,9 +55,8 @@ def distil(args, name, flags):
         command += ["--teacher", args.teacher, "--out", out]
         command += [str(flag).replace("OUT", str(args.out)) for flag in flags]
         with open(f"{out}.log", "w") as log:
-            code = subprocess.run(list(map(str, command)), stdout=log, stderr=log).returncode
-        if code:
-            sys.exit(f"{out}: failed, see {out}.log")
+            if subprocess.run(list(map(str, command)), stdout=log, stderr=log).returncode:
+                sys.exit(f"{out}: failed, see {out}.log")
     return json.loads((out / "summary.json").read_text())["student"]
 
 

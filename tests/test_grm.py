@@ -299,8 +299,7 @@ def test_notes_sizes_and_no_leak():
 
 
 def test_notes_prompts_hold_the_criteria_and_no_unknown_word():
-    """Criteria dropped by a chat template, words of the task that the word-level tokenizer does not know, or a prompt that
-    leaves the model's context no room for an answer."""
+    """Criteria dropped by a chat template, words that the tokenizer does not know, or a prompt that leaves no room to answer."""
     task, files, renderer = notes_files()
     criteria = words()(task.criteria, add_special_tokens=False).input_ids
     assert words().unk_token_id not in criteria and len(criteria) > 100
@@ -607,6 +606,10 @@ def test_label_at_is_never_another_token():
         assert [step.label for step in trace.steps] == ["3", "2", "1"]
         assert trace.steps[0].label_at in (None, ids.index(renderer.tokenizer(" 3").input_ids[0]))
         assert all(step.label_at is not None for step in trace.steps[1:])
+    ids = renderer.tokenizer("\\boxed{1} \\boxed{2} \\boxed{ 3}").input_ids
+    engine = ScriptedEngine([[*ids, renderer.eos_id]])
+    assert judge(renderer, engine, [GOLDEN_PAIR])[0]["label"] == "3"
+    assert engine.sequences == [[*renderer.prompt(**GOLDEN_PAIR), *ids, *renderer.opening]]
 
 
 @pytest.mark.parametrize("name", ["bpe", "unigram"])
@@ -776,12 +779,12 @@ def speakers(format):
     width = batch["input_ids"].shape[1]
     labels = torch.tensor([[-100] * (width - len(ids)) + ids for ids in answers])
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for _ in range(20):
+    for _ in range(14):
         optimizer.zero_grad()
         model(**batch, labels=labels).loss.backward()
         optimizer.step()
     tree = rollout.use_tree_attention(copy.deepcopy(model))
-    return renderer, rollout.Engine(tree, renderer.eos_id, renderer.label_ids, 20, max_tokens=100, cache_tokens=200), padded
+    return renderer, rollout.Engine(tree, renderer.eos_id, renderer.label_ids, 20, max_tokens=100, cache_tokens=100), padded
 
 
 @pytest.mark.parametrize("explain", [True, False])
@@ -883,20 +886,17 @@ def score_arguments(folder, *more):
 def stop_after(monkeypatch, batches):
     """Ctrl-C in the batch behind `batches` ones."""
     left = iter([grm.judge] * batches)
-    interrupt = lambda *args: signal.raise_signal(signal.SIGINT)
-    monkeypatch.setattr(grm, "judge", lambda *args: next(left, interrupt)(*args))
+    monkeypatch.setattr(grm, "judge", lambda *args: next(left, lambda *_: signal.raise_signal(signal.SIGINT))(*args))
 
 
 def test_score_resumes_as_if_never_stopped(tmp_path, monkeypatch, capsys):
-    """Lines lost, doubled or glued to half a line after a stop, or numbers that tell that there was one (a pair that is
-    scored in another batch shares another prefix, and its probabilities differ by rounding)."""
+    """Lines lost, doubled or glued to half a line after a stop, or numbers that tell: another batch is rounded otherwise."""
     arguments = score_arguments(tmp_path)
     assert run(monkeypatch, *arguments, tmp_path / "whole.jsonl") is None
     assert "7 pairs, 7 malformed" in capsys.readouterr().out
     whole = (tmp_path / "whole.jsonl").read_bytes()
-    results = [json.loads(line) for line in whole.splitlines()]
-    inputs = [json.loads(line) for line in (tmp_path / "in.jsonl").read_bytes().splitlines()]
-    for given_pair, result in zip(inputs, results, strict=True):
+    files = (tmp_path / "in.jsonl").read_bytes(), whole
+    for given_pair, result in zip(*[map(json.loads, file.splitlines()) for file in files], strict=True):
         assert result["gold"] == given_pair["label"] and result["label"] is None and result["well_formed"] is False
         assert all(result[name] == given_pair[name] for name in ("id", "query", "document", "step_labels"))
         assert sum(result["probs"].values()) == pytest.approx(1.0) and "where" not in result and "answer" not in result

@@ -1,16 +1,19 @@
-"""Write the embedded task, bit for bit: criteria, demonstrations, labelled pairs, tiny models without weights.
+"""Write the embedded task, bit for bit: criteria, demonstrations, labelled pairs, tiny models.
 
-    python data/notes/make.py                                                   # rewrites the files beside this one
-    python data/notes/make.py --format answer-first --out data/notes-answer-first    # the same pairs, grade first
+    python data/notes/make.py                         # rewrites the files beside this one
+    python data/notes/make.py --format answer-first --out data/notes-answer-first  # grade first
 
-The world: a query names a topic and up to three constraints; a note is about one topic, may give values for constraints,
-and may be promotion. `grades` below is the whole business logic, the same that criteria.md tells the model in words.
+The world: a query names a topic and up to three constraints; a note is about one topic, may give
+values for constraints, and may be promotion. `grades` below is the whole business logic, the same
+that criteria.md tells the model in words.
 
-The demonstrations come from a *generic annotator*: it reads facts well and writes fluently, but knows this business's
-rules only now and then (`ANNOTATOR`). A model fine-tuned on them reasons in the right form and grades wrongly; what is
-left to learn, when a rule applies, is in the labels alone. That is the gap that reinforcement learning has to close.
+The demonstrations come from a *generic annotator*: it reads facts well and writes fluently, but
+knows this business's rules only now and then (`ANNOTATOR`). A model fine-tuned on them reasons in
+the right form and grades wrongly; what is left to learn, when a rule applies, is in the labels
+alone. That is the gap that reinforcement learning has to close.
 
-LONGTAIL: topics, promotion words and combinations of rules that are rare in the demonstrations (`is_longtail`).
+LONGTAIL: topics, promotion words and combinations of rules that are rare in the demonstrations
+(`is_longtail`).
 """
 
 import argparse
@@ -41,11 +44,11 @@ CONSTRAINTS = {
 PROMOTION = ["sponsored", "gifted", "affiliate"]
 RARE_PROMOTION = "affiliate"
 FILLER = (
-    "i we my our love loved tried today finally really so very best new favorite tips guide diary photos part two "
-    "this that with and for in the a week trip shop day little big happy"
+    "i we my our love loved tried today finally really so very best new favorite tips guide diary "
+    "photos part two this that with and for in the a week trip shop day little big happy"
 ).split()
 
-# How often the generic annotator applies each rule. Facts (same, silent, sponsored, ...) it states correctly.
+# How often the generic annotator applies each rule. Facts (same, silent, ...) it states correctly.
 ANNOTATOR = {"topic": 0.95, "silent": 0.30, "contradicted": 0.25, "promotion": 0.15}
 
 CRITERIA = r"""---
@@ -60,12 +63,15 @@ Constraints: a query can ask for a place, a season and an audience. Every constr
 one grade, but never below 0. A contradicted constraint caps the grade at 0. A grade of -1 stays.
 Promotion: a note that is sponsored, gifted or affiliate is capped at 1.
 The last grade is the answer.
-"""
+"""  # noqa: E501 (a line of it is a line of the file)
 
 ANSWER_FIRST = {
     "format: reason-first": "format: answer-first",
-    "Work in three steps and close every step with the grade so far as \\boxed{grade}.": "Begin with the grade as "
-    "\\boxed{grade}.\nThen explain it in three steps and close every step with the grade so far as \\boxed{grade}.",
+    "Work in three steps and close every step with the grade so far as \\boxed{grade}.": (
+        "Begin with the grade as \\boxed{grade}.\n"
+        "Then explain it in three steps and close every step with the grade so far as "
+        "\\boxed{grade}."
+    ),
     "The last grade is the answer.": "The first grade is the answer, the last one repeats it.",
 }
 
@@ -99,20 +105,30 @@ CHAT_TEMPLATE = (
 
 
 def draw_pair(rng, topic_weights):
-    """One query and one note as facts: topics, statuses of the constraints, promotion word, and the two texts."""
+    """One query and one note as facts (topics, statuses of the constraints, promotion word) and as
+    texts.
+    """
     topics = [t for group in CATEGORIES.values() for t in group]
     topic = rng.choices(topics, [topic_weights.get(t, 1.0) for t in topics])[0]
-    siblings = next([t for t in group if t != topic] for group in CATEGORIES.values() if topic in group)
+    siblings = [t for t in CATEGORIES[category_of(topic)] if t != topic]
     relation = rng.choices(["same", "related", "other"], [0.46, 0.27, 0.27])[0]
     others = [t for t in topics if t != topic and t not in siblings]
-    note_topic = {"same": topic, "related": rng.choice(siblings), "other": rng.choice(others)}[relation]
+    candidates = {"same": topic, "related": rng.choice(siblings), "other": rng.choice(others)}
+    note_topic = candidates[relation]
 
-    facts, asked, told = {}, [topic], [note_topic]
+    facts = {}
+    asked = [topic]
+    told = [note_topic]
     for name, values in CONSTRAINTS.items():
         if rng.random() < 0.6:  # the query asks for it
             want = rng.choice(values)
             status = rng.choices(["match", "silent", "contradicted"], [0.45, 0.30, 0.25])[0]
-            have = {"match": want, "silent": "none"}.get(status) or rng.choice([v for v in values if v != want])
+            if status == "match":
+                have = want
+            elif status == "silent":
+                have = "none"
+            else:
+                have = rng.choice([v for v in values if v != want])
             facts[name] = (want, have, status)
             asked.append(want)
         else:
@@ -140,7 +156,10 @@ def category_of(topic):
 
 
 def grades(pair, applies=lambda rule: True, rng=None):
-    """The grade after each of the three steps. `applies(rule)` says whether this reader applies the rule this time."""
+    """The grade after each of the three steps.
+
+    applies(rule): whether this reader applies the rule this time.
+    """
     grade = {"same": 3, "related": 1, "other": -1}[pair["topics"][2]]
     if not applies("topic"):
         grade = rng.choice([g for g in (3, 1, -1) if g != grade])
@@ -158,8 +177,11 @@ def grades(pair, applies=lambda rule: True, rng=None):
 
 
 def write_response(pair, steps):
-    """The reasoning in words: facts in the order of the steps, each step closed by its grade. What the query asks for is
-    looked up in the note: "found", or what stands there in its place, or "none"."""
+    """The reasoning in words: facts in the order of the steps, each step closed by its grade.
+
+    What the query asks for is looked up in the note: "found", or what stands there in its place, or
+    "none".
+    """
     want, have, relation = pair["topics"]
     there = "found" if relation == "same" else f"{have} in {category_of(have)}"
     topic = f"topic: {want} in {category_of(want)}, {there}, {relation}"
@@ -172,16 +194,21 @@ def write_response(pair, steps):
 
 
 def is_longtail(pair):
-    """Rare in the demonstrations: a rare topic, a rare promotion word, or two business rules that bite in one pair."""
+    """Rare in the demonstrations: a rare topic, a rare promotion word, or two business rules that
+    bite in one pair.
+    """
+    if pair["topics"][0] in RARE_TOPICS or pair["promotion"] == RARE_PROMOTION:
+        return True
     statuses = [status for _, _, status in pair["constraints"].values()]
-    rules = ("contradicted" in statuses) + (statuses.count("silent") >= 2) + (pair["promotion"] != "none")
-    related = pair["topics"][2] != "other"
-    return pair["topics"][0] in RARE_TOPICS or pair["promotion"] == RARE_PROMOTION or (related and rules >= 2)
+    promotion = pair["promotion"] != "none"
+    rules = ("contradicted" in statuses) + (statuses.count("silent") >= 2) + promotion
+    return pair["topics"][2] != "other" and rules >= 2
 
 
 def make_records(rng):
     """All files' records; no (query, document) stands in two of them."""
-    seen, files = set(), {name: [] for name in SIZES}
+    seen = set()
+    files = {name: [] for name in SIZES}
     rare = dict.fromkeys(RARE_TOPICS, 0.5)
 
     def fresh(keep, weights):
@@ -196,14 +223,14 @@ def make_records(rng):
         for _ in range(SIZES[name]):
             pair = fresh(keep, {})
             steps = [str(g) for g in grades(pair)]
-            record = {"query": pair["query"], "document": pair["document"], "label": steps[-1], "step_labels": steps}
-            files[name].append(record)
+            texts = {"query": pair["query"], "document": pair["document"]}
+            files[name].append(texts | {"label": steps[-1], "step_labels": steps})
     for _ in range(SIZES["sft"]):
         # In the demonstrations the long tail is thinned out: kept one time in three.
         pair = fresh(lambda p: not is_longtail(p) or rng.random() < 1 / 3, rare)
         steps = grades(pair, lambda rule: rng.random() < ANNOTATOR[rule], rng)
-        response = write_response(pair, steps)
-        files["sft"].append({"query": pair["query"], "document": pair["document"], "response": response})
+        texts = {"query": pair["query"], "document": pair["document"]}
+        files["sft"].append(texts | {"response": write_response(pair, steps)})
     for _ in range(SIZES["unlabelled"]):  # what distillation has in plenty
         pair = fresh(lambda pair: True, {})
         files["unlabelled"].append({"query": pair["query"], "document": pair["document"]})
@@ -211,20 +238,26 @@ def make_records(rng):
 
 
 def word_level(texts, special):
-    """A word-level tokenizer model over exactly the words of `texts`, behind the `special` tokens."""
+    """A word-level tokenizer over exactly the words of `texts`, behind the `special` tokens."""
     normalizer = normalizers.Lowercase()
-    splitter = pre_tokenizers.Split(Regex(r"\\boxed\{|-?\d+|\w+|[^\w\s]"), behavior="removed", invert=True)
-    words = {word for text in texts for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text))}
+    pattern = Regex(r"\\boxed\{|-?\d+|\w+|[^\w\s]")
+    splitter = pre_tokenizers.Split(pattern, behavior="removed", invert=True)
+    words = set()
+    for text in texts:
+        pieces = splitter.pre_tokenize_str(normalizer.normalize_str(text))
+        words.update(word for word, _ in pieces)
     vocab = {word: i for i, word in enumerate(special + sorted(words))}
     backend = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
-    backend.normalizer, backend.pre_tokenizer = normalizer, splitter
+    backend.normalizer = normalizer
+    backend.pre_tokenizer = splitter
     return backend
 
 
 def make_tokenizer(texts):
     """The policy's tokenizer, with Qwen's chat markers as its special tokens."""
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<unk>"]
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=word_level(texts, ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<unk>"]),
+        tokenizer_object=word_level(texts, special),
         unk_token="<unk>",
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
@@ -237,14 +270,22 @@ def make_tokenizer(texts):
 
 
 def make_student_tokenizer(texts):
-    """The student's tokenizer, which reads a query and a document as [CLS] query [SEP] document [SEP]."""
+    """The student's tokenizer, which reads a pair as [CLS] query [SEP] document [SEP]."""
     backend = word_level(texts, ["[PAD]", "[CLS]", "[SEP]", "<unk>"])
     backend.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", 1), ("[SEP]", 2)],
     )
-    names = {"pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]", "unk_token": "<unk>"}
-    inputs = ["input_ids", "attention_mask"]
-    return PreTrainedTokenizerFast(tokenizer_object=backend, **names, model_max_length=64, model_input_names=inputs)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="[PAD]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        unk_token="<unk>",
+        model_max_length=64,
+        model_input_names=["input_ids", "attention_mask"],
+    )
 
 
 def make_config(tokenizer):
@@ -268,7 +309,10 @@ def make_config(tokenizer):
 
 
 def make_student_config(tokenizer):
-    """A ModernBERT of about 0.12 M parameters, a fifth of the policy's; all of its layers see the whole pair."""
+    """A ModernBERT of about 0.12 M parameters, a fifth of the policy's.
+
+    All of its layers see the whole pair.
+    """
     return ModernBertConfig(
         vocab_size=len(tokenizer),
         hidden_size=64,
@@ -287,43 +331,55 @@ def make_student_config(tokenizer):
 
 
 def answer_first(record):
-    """The same record with the grade in a box of its own before the steps. A response's first grade is its last one: the
-    annotator decides as before, and says the outcome first."""
+    """The same record with the grade in a box of its own before the steps.
+
+    A response's first grade is its last one: the annotator decides as before, and says the outcome
+    first.
+    """
     if "response" in record:
         last = record["response"].rindex("\\boxed{")
-        return {**record, "response": f"{record['response'][last:]} {record['response']}"}
-    return {**record, "step_labels": [record["label"], *record["step_labels"]]} if "label" in record else record
+        return record | {"response": f"{record['response'][last:]} {record['response']}"}
+    if "label" in record:
+        return record | {"step_labels": [record["label"], *record["step_labels"]]}
+    return record
 
 
 def make(out, answer_format="reason-first"):
     """Write the whole task folder into `out` (a pathlib.Path)."""
     out.mkdir(parents=True, exist_ok=True)
+    is_answer_first = answer_format == "answer-first"
     criteria = CRITERIA
-    for old, new in ANSWER_FIRST.items() if answer_format == "answer-first" else ():
-        criteria = criteria.replace(old, new)
+    if is_answer_first:
+        for old, new in ANSWER_FIRST.items():
+            criteria = criteria.replace(old, new)
     (out / "criteria.md").write_text(criteria, encoding="utf-8")
     (out / "train.json").write_text(TRAIN, encoding="utf-8")
     (out / "distill.json").write_text(DISTILL, encoding="utf-8")
     for name, records in make_records(random.Random(SEED)).items():
-        records = list(map(answer_first, records)) if answer_format == "answer-first" else records
+        if is_answer_first:
+            records = map(answer_first, records)
         lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         (out / f"{name}.jsonl").write_text(lines, encoding="utf-8")
     body = criteria.split("---\n", 2)[2]
-    statuses = "found match silent contradicted any none same related other system user assistant query document note"
-    words = [
-        word for values in [list(CATEGORIES), *CATEGORIES.values(), *CONSTRAINTS.values(), PROMOTION, FILLER] for word in values
-    ]
-    tokenizer = make_tokenizer([body, statuses, "place season audience topic promotion : , . -1 0 1 2 3", " ".join(words)])
+    frame = (
+        "found match silent contradicted any none same related other system user assistant query "
+        "document note place season audience topic promotion : , . -1 0 1 2 3"
+    )
+    groups = [CATEGORIES, *CATEGORIES.values(), *CONSTRAINTS.values(), PROMOTION, FILLER]
+    words = " ".join(word for group in groups for word in group)
+    tokenizer = make_tokenizer([body, frame, words])
     tokenizer.save_pretrained(out / "model")
     make_config(tokenizer).save_pretrained(out / "model")
-    student_tokenizer = make_student_tokenizer([" ".join(words)])
+    student_tokenizer = make_student_tokenizer([words])
     student_tokenizer.save_pretrained(out / "student")
     make_student_config(student_tokenizer).save_pretrained(out / "student")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder to write (default: this one)")
-    parser.add_argument("--format", choices=["reason-first", "answer-first"], default="reason-first", help="of the answers")
+    here = Path(__file__).parent
+    formats = ["reason-first", "answer-first"]
+    parser.add_argument("--out", type=Path, default=here, help="to write (default: this one)")
+    parser.add_argument("--format", choices=formats, default=formats[0], help="of the answers")
     args = parser.parse_args()
     make(args.out, args.format)
