@@ -331,7 +331,8 @@ class Progress:
     out: the run's folder, which gets config.json (the settings), the logs NAME.jsonl and
         checkpoints/. A folder of another run is refused, and so is a finished one, which holds
         summary.json; a RunError says so, before anything is written.
-    settings: a dict; those named in `free` may change when the run is taken up again.
+    settings: a dict; those named in `free` may change when the run is taken up again. "inputs" is a
+        hash of the files that go in.
     save_every: steps between checkpoints (0: only when stopped); keep: how many stay.
     max_bad_steps: so many steps in a row whose loss or gradient is not finite end the run.
 
@@ -380,11 +381,12 @@ class Progress:
             former = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise RunError(f"{path}: not JSON ({error}); choose another --out") from None
-        differing = [
-            f"--{name} {former.get(name)}"
-            for name, value in self.settings.items()
-            if name not in self.free and former.get(name) != value
-        ]
+        differing = []
+        for name, value in self.settings.items():
+            if name == "inputs" and former.get(name) != value:
+                differing.append("other contents of its task's or model's files")
+            elif name not in self.free and former.get(name) != value:
+                differing.append(f"--{name} {former.get(name)}")
         if differing:
             raise RunError(
                 f"--out {self.out}: holds another run ({', '.join(differing)}); "

@@ -299,7 +299,7 @@ def test_notes_sizes_and_no_leak():
 
 
 def test_notes_prompts_hold_the_criteria_and_no_unknown_word():
-    """Criteria dropped by a chat template, words that the tokenizer does not know, or a prompt that leaves no room to answer."""
+    """Criteria dropped by a chat template, words that the tokenizer does not know, or a prompt that leaves no room for more."""
     task, files, renderer = notes_files()
     criteria = words()(task.criteria, add_special_tokens=False).input_ids
     assert words().unk_token_id not in criteria and len(criteria) > 100

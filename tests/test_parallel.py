@@ -104,7 +104,7 @@ def test_ranks_change_nothing_but_rounding(straight, task, tmp_path, ranks, flag
 
 def test_extras_on_two_ranks(task, tmp_path):
     """A KL reference, mode balance and several updates, with budgets that give the ranks different numbers of passes."""
-    extras = ["--kl_coef=0.1", "--sft_coef=0.1", "--updates_per_batch=2", "--max_tokens=400"]
+    extras = ["--kl_coef=0.1", "--sft_coef=0.1", "--updates_per_batch=2", "--max_tokens=400", "--lr=1e-4"]
     for ranks in (1, 2):
         run(tmp_path / str(ranks), ranks, f"--task={task}", *extras, "--rl_steps=4")
     assert_same(tmp_path / "1", tmp_path / "2")
@@ -217,8 +217,8 @@ def test_checkpoints_that_do_not_fit_are_refused(task, tmp_path, monkeypatch):
     (shard,) = checkpoint.glob("*.safetensors")
     (weights,) = (own / "model").glob("*.safetensors")
     other = f"{out}: holds another run"
-    refused(rf"{other} \(--inputs", own / "train.jsonl", lambda old: old + (task / "test_random.jsonl").read_bytes())
-    refused(rf"{other} \(--inputs", weights, lambda old: old[:-4] + b"1234")
+    refused(rf"{other} \(other contents", own / "train.jsonl", lambda old: old + (task / "test_random.jsonl").read_bytes())
+    refused(rf"{other} \(other contents", weights, lambda old: old[:-4] + b"1234")
     refused(rf"{other} \(--lr 0.0003\)", own / "train.jsonl", bytes, "--lr=1")
     refused(rf"{other} \(--model {own}", own / "train.jsonl", bytes, f"--model={task / 'model'}")
     refused(rf"{shard.name} is missing, or not whole; delete {checkpoint}", shard, lambda old: old[:-1000])
