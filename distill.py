@@ -307,9 +307,8 @@ def parse_config(argv=None):
     for name, folder in folders.items():
         is_path = folder.startswith((".", "/")) or folder.count("/") != 1
         if not Path(folder).is_dir() and is_path:
-            raise grm.TaskError(
-                f"--{name} {folder}: no such folder; train.py writes the teacher's (OUT/model)"
-            )
+            hint = "; train.py writes it (OUT/model)" if name == "teacher" else ""
+            raise grm.TaskError(f"--{name} {folder}: no such folder{hint}")
     if Path(config.cache).exists() and not Path(config.cache).is_dir():
         raise grm.TaskError(f"--cache {config.cache}: not a folder")
     return config

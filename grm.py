@@ -870,6 +870,8 @@ def load_judge(model, task, max_new_tokens):
         raise TaskError(f"scoring needs rollout.py beside grm.py: {error}") from None
     if max_new_tokens < 1:
         raise TaskError(f"--max_new_tokens {max_new_tokens}: must be at least 1")
+    if task is None and not (Path(model) / "criteria.md").is_file():
+        raise TaskError(f"--model {model}: has no criteria.md; name the task's folder with --task")
     task = Task.load(task or model)
     task.check_model(model)
     model, tokenizer = load_model(model)

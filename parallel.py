@@ -101,6 +101,7 @@ class Ranks:
         """This rank's micro-batches, and `empty` ones until it has as many as the rank with most.
 
         FSDP gathers weights in each forward and backward pass, so all ranks must run equally many.
+        A module called with an empty one runs a dummy whose loss is 0: rollout.Tree of no prompts.
         """
         missing = self.max(len(micro_batches)) - len(micro_batches)
         return [*micro_batches, *[empty] * missing]

@@ -7,9 +7,10 @@ A batch is a tree:
 
 Sampling prefills the prefix and each prompt once and decodes all answers against the shared keys;
 training packs the tree into one row of tokens without padding, so the linear layers see every token
-once. Both use one attention function, `attend`: a single softmax over the concatenated scores
-against ancestors and own tokens. It is registered with transformers' AttentionInterface under the
-name "tree" and runs decoder-only Hugging Face models unchanged.
+once. Attention is a single softmax over the scores against ancestors and own tokens: training and
+prefill compute it with `attend`, decoding over its cache (`_Decode.attend`), and training on CUDA
+is one FlexAttention call (`Tree.block_mask`). It is registered with transformers'
+AttentionInterface under the name "tree" and runs decoder-only Hugging Face models unchanged.
 
     use_tree_attention(model)                     # once; refuses models that it cannot run
     sampled = sample(model, prompts, group_size=8, max_new_tokens=64, eos_id=2, seed=0, step=7)
@@ -181,7 +182,7 @@ def tree_attention(
     window = kwargs.get("sliding_window")
     is_short = window and window < tree.max_position
     if dropout or is_short or kwargs.get("softcap") or kwargs.get("s_aux") is not None:
-        raise ValueError(
+        raise UnsupportedModelError(
             f"{type(module).__name__}: dropout, soft-capping, sinks and a sliding window "
             "are not supported"
         )

@@ -278,8 +278,8 @@ def sft(policy, sampling_model, optimizer, data, config, ranks, progress):
         parallel.copy_weights(sampling_model, policy.model)
 
         seconds = time.perf_counter() - started
-        record = {"stage": "sft", "step": step + 1, "loss": loss, "grad_norm": grad_norm, "lr": lr}
-        progress.log("metrics", record | {"skipped": progress.skipped})
+        figures = {"stage": "sft", "step": step + 1, "loss": loss, "grad_norm": grad_norm, "lr": lr}
+        progress.log("metrics", figures | {"skipped": progress.skipped})
         times = {"update_s": seconds, "tok_s": num_tokens / seconds}
         progress.log("timing", {"stage": "sft", "step": step + 1, **times})
         progress.status = f"loss {loss:.3f}, {times['tok_s']:.0f} tok/s"
@@ -305,7 +305,7 @@ def sft_backward(policy, batch, config, ranks, coef=1.0):
     return ranks.sum(total)
 
 
-# Stage 2: learn from labels when each rule applies ------------------------------------------------
+# Stage 2: learn the rules from labels -------------------------------------------------------------
 
 
 def rl(policy, sampling_model, optimizer, renderer, data, config, ranks, progress):
@@ -316,23 +316,24 @@ def rl(policy, sampling_model, optimizer, renderer, data, config, ranks, progres
         started = time.perf_counter()
 
         # 1. Draw pairs, of which each rank takes its share; sample a group of answers to each.
-        pairs = draw_pairs(stages, step, config)
-        share = ranks.share(len(pairs))
-        batch = pairs[share]
-        prompts = [record["prompt_ids"] for record in batch]
+        batch = draw_pairs(stages, step, config)
+        share = ranks.share(len(batch))
+        mine = batch[share]
+        prompts = [record["prompt_ids"] for record in mine]
         sampled = sample_groups(sampling_model, renderer, prompts, step, share.start, config)
         answers = sampled.answers
         sampled_at = time.perf_counter()
 
         # 2. Parse, reward, and give each token the credit that its step earned.
         traces = [[renderer.parse(answer) for answer in group] for group in answers]
-        rewards_PG = reward_groups(batch, traces, ranks.device)
+        rewards_PG = reward_groups(mine, traces, ranks.device)
         clamp = config.advantage_clamp or None
         advantages_PG = sam.group_advantages(rewards_PG, config.normalize_std, clamp)
         advantages_N = advantages_PG.flatten()
-        ends_NK, right_NK = judge_steps(batch, traces, renderer.task.boxes, ranks.device)
-        lengths_N = sampled.lengths_N
-        credit_A = sam.stepwise_credit(advantages_N, ends_NK, right_NK, lengths_N, config.rule)
+        step_ends_NK, step_right_NK = judge_steps(mine, traces, renderer.task.boxes, ranks.device)
+        credit_A = sam.stepwise_credit(
+            advantages_N, step_ends_NK, step_right_NK, sampled.lengths_N, config.rule
+        )
 
         # 3. Update. All ranks run equally many micro-batches; one without work runs empty ones.
         micro_batches = rollout.micro_batches(prompts, answers, config.max_tokens)
@@ -342,26 +343,29 @@ def rl(policy, sampling_model, optimizer, renderer, data, config, ranks, progres
         totals = Counter()
         for update in range(config.updates_per_batch):
             loss = 0.0
-            for part, tokens in micro_batches:
-                tree = rollout.Tree(prompts[part], answers[part], ranks.device)
+            for prompt_slice, token_slice in micro_batches:
+                tree = rollout.Tree(prompts[prompt_slice], answers[prompt_slice], ranks.device)
                 logprobs_A, entropy_A = policy(tree, config.temperature)
+                ref_logprobs_A = None
+                if reference:
+                    ref_logprobs_A, _ = reference(tree, config.temperature)
                 if update == 0:
-                    old_logprobs_A[tokens] = logprobs_A.detach()
+                    old_logprobs_A[token_slice] = logprobs_A.detach()
                 part_loss, stats = sam.policy_loss(
                     logprobs_A,
-                    credit_A[tokens],
+                    credit_A[token_slice],
                     num_tokens,
-                    old_logprobs_A[tokens],
-                    sampled.logprobs_A[tokens],
-                    reference(tree, config.temperature)[0] if reference else None,
-                    config.clip_low,
-                    config.clip_high,
-                    config.is_cap,
-                    config.kl_coef,
+                    old_logprobs_A=old_logprobs_A[token_slice],
+                    sampler_logprobs_A=sampled.logprobs_A[token_slice],
+                    ref_logprobs_A=ref_logprobs_A,
+                    clip_low=config.clip_low,
+                    clip_high=config.clip_high,
+                    is_cap=config.is_cap,
+                    kl_coef=config.kl_coef,
                 )
                 part_loss.backward()
                 loss += part_loss.item()
-                totals.update(stats, entropy=entropy_A.sum().item())
+                totals.update(stats, entropy=entropy_A.sum().item())  # a Counter adds up
             loss = ranks.sum(loss)
             if config.sft_coef:  # mode balance: the SFT loss beside RL's
                 demonstrations = parallel.epoch_batch(
@@ -375,22 +379,22 @@ def rl(policy, sampling_model, optimizer, renderer, data, config, ranks, progres
         updated_at = time.perf_counter()
 
         # 4. Log, and now and then evaluate.
-        record = {"stage": "rl", "step": step + 1, "loss": loss, "grad_norm": grad_norm, "lr": lr}
-        record |= {"skipped": progress.skipped} | token_means(ranks.sum(totals))
-        record |= rollout_record(sampled, traces, rewards_PG, advantages_N, credit_A, ranks)
+        figures = {"stage": "rl", "step": step + 1, "loss": loss, "grad_norm": grad_norm, "lr": lr}
+        figures |= {"skipped": progress.skipped} | token_means(ranks.sum(totals))
+        figures |= rollout_figures(sampled, traces, rewards_PG, advantages_N, credit_A, ranks)
         if config.sft_coef:
-            record["sft_loss"] = sft_loss
+            figures["sft_loss"] = sft_loss
         if is_evaluated(step, config):
             scores = evaluate(sampling_model, renderer, data, config, ranks, progress)
             for name, test in scores.items():
-                record |= {f"{name}/{key}": test[key] for key in ("accuracy", "macro_f1")}
-        progress.log("metrics", record)
+                figures |= {f"{name}/{key}": test[key] for key in ("accuracy", "macro_f1")}
+        progress.log("metrics", figures)
         times = {"sampling_s": sampled_at - started, "update_s": updated_at - sampled_at}
         progress.log("timing", {"stage": "rl", "step": step + 1, "tokens": num_tokens, **times})
         if step % 10 == 0:
-            log_samples(progress, batch, sampled, traces, credit_A, renderer)
+            log_samples(progress, mine, sampled, traces, credit_A, renderer)
         speed = num_tokens / (updated_at - started)
-        progress.status = f"reward {record['reward']:.2f}, {speed:.0f} tok/s"
+        progress.status = f"reward {figures['reward']:.2f}, {speed:.0f} tok/s"
 
 
 def draw_pairs(stages, step, config):
@@ -452,7 +456,7 @@ def token_means(totals):
     return {name: x / totals["tokens"] for name, x in totals.items() if name != "tokens"}
 
 
-def rollout_record(sampled, traces, rewards_PG, advantages_N, credit_A, ranks):
+def rollout_figures(sampled, traces, rewards_PG, advantages_N, credit_A, ranks):
     """What to log of a step's answers, of all ranks."""
     malformed = [trace.problem is not None for group in traces for trace in group]
     mine = (rewards_PG, advantages_N, credit_A, sampled.lengths_N, sampled.ended_N)
@@ -474,8 +478,8 @@ def log_samples(progress, batch, sampled, traces, credit_A, renderer):
             text = renderer.decode(answer[start:end])
             steps.append({"text": text, "credit": credits[end - 1]})
             start = end
-        verdict = {"reward": grm.reward(trace, record["label"]), "problem": trace.problem}
-        progress.log("samples", {"step": progress.step + 1, **record, **verdict, "steps": steps})
+        outcome = {"reward": grm.reward(trace, record["label"]), "problem": trace.problem}
+        progress.log("samples", {"step": progress.step + 1, **record, **outcome, "steps": steps})
 
 
 # Stage 3: what came out ---------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Fixtures that several files share: the embedded task, and tiny random models of every supported architecture."""
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -43,3 +44,12 @@ def make_model(architecture, tree=True, **changes):
 def notes():
     """The folder of the embedded task."""
     return NOTES
+
+
+@pytest.fixture(autouse=True)
+def handlers():
+    """A script that a test runs in this process must not leave its signal handlers to the next test."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
