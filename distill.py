@@ -847,8 +847,8 @@ def evaluate(task, judge, tests):
 
 
 COLUMNS = (
-    ("ms, batch 1", "ms_per_pair_batch_1", ".2f"),
-    ("batch 64", "ms_per_pair_batch_64", ".3f"),
+    ("ms (1)", "ms_per_pair_batch_1", ".2f"),
+    ("ms (64)", "ms_per_pair_batch_64", ".3f"),
     ("parameters", "parameters", ","),
 )
 
