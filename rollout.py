@@ -136,7 +136,9 @@ class _FusedAttend(torch.autograd.Function):
 
     @classmethod
     def forward(cls, ctx, q, scale, masks, *keys_values):
-        outs, lses = [], []
+        """Attention to each segment, and their merge; keys_values: k and v, segment by segment."""
+        outs = []
+        lses = []
         for mask, k, v in zip(masks, keys_values[::2], keys_values[1::2], strict=True):
             (queries,), k, v, causal, mask = cls._views(mask, k, v, [q])
             out, lse = _flash(queries, k, v, 0.0, causal, attn_mask=mask, scale=scale)
@@ -153,6 +155,7 @@ class _FusedAttend(torch.autograd.Function):
 
     @classmethod
     def backward(cls, ctx, grad):
+        """Exact gradients: each segment's kernel gets the merged output and log-sum-exp."""
         q, merged, lse, *keys_values = ctx.saved_tensors
         grad_q = 0
         grads = []
@@ -412,6 +415,7 @@ class _TokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden_AD, weight_VD, bias_V, targets_A, temperature, chunk, dtype):
+        """Log-probabilities and entropies [A]; kept for backward: hidden states, no logits."""
         hidden_AD = hidden_AD.to(dtype)
         ctx.weight = weight_VD.detach().to(dtype)
         ctx.bias = None if bias_V is None else bias_V.detach().to(dtype)
@@ -431,10 +435,12 @@ class _TokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def logits(ctx, hidden_CD):
+        """float32 logits [C, V] of one chunk."""
         return F.linear(hidden_CD, ctx.weight, ctx.bias).float().div_(ctx.temperature)
 
     @staticmethod
     def backward(ctx, grad_A, _):
+        """Gradients of hidden states and of the head's weight and bias, chunk by chunk."""
         hidden_AD, weight_VD, bias_V, targets_A = ctx.saved_tensors
         grads = []
         grad_weight = torch.zeros_like(weight_VD) if ctx.needs_input_grad[1] else None
@@ -611,6 +617,7 @@ class _Prefill:
         )
 
     def attend(self, layer, q_HSD, k_KSD, v_KSD, scale):
+        """Attention of all prefilled rows; keeps their keys and values. Returns [S, H, D]."""
         H, _, D = q_HSD.shape
         R, L = self.table_RL.shape
         K = len(k_KSD)
