@@ -41,9 +41,8 @@ import hashlib
 import itertools
 import json
 import math
-import os
+import sys
 import time
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -54,8 +53,12 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch.utils.checkpoint import checkpoint
-from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GenerationConfig,
+)
 from transformers.utils import logging as hf_logging
 
 import grm
@@ -284,7 +287,7 @@ class Config:
     batch: int = setting(64, "pairs a step", min=1)
     lr: float = setting(5e-5, "peak learning rate: 5 % warm-up, then cosine to 0", above=0)
     weight_decay: float = setting(0.01, "AdamW's weight decay", min=0)
-    save_every: int = setting(500, "save every so many steps (0: only when stopped)", min=0)
+    save_every: int = setting(0, "save every so many steps (0: every ten minutes)", min=0)
 
 
 # What may change when a run is taken up again: results do not depend on it beyond rounding.
@@ -408,43 +411,61 @@ class Teacher:
 
 
 class Cache:
-    """What a teacher says of pairs: a folder of safetensors, SHARD pairs a file, with an index.
+    """What a teacher says of pairs: SHARD pairs a folder with safetensors, and an index.
 
-    key: JSON, of all that the distributions depend on. Raises grm.TaskError for a cache of another.
+    key: JSON, of all that the distributions depend on. Raises grm.TaskError for a cache of another
+    key, parallel.RunError for one that is damaged or that another run fills.
     """
 
     SHARD = 512  # what a stopped run loses at most
 
     def __init__(self, folder, key):
         self.folder = Path(folder)
+        self.locked = None
         index = self.folder / "index.json"
+        hint = f"--cache {folder}: delete it, or choose another"
         if not index.exists():
             self.folder.mkdir(parents=True, exist_ok=True)
-            index.write_text(json.dumps(key) + "\n", encoding="utf-8")
-        elif json.loads(index.read_text(encoding="utf-8")) != key:
+            with parallel.writing(index) as unfinished:
+                unfinished.write_text(json.dumps(key) + "\n", encoding="utf-8")
+        elif parallel.read_json(index, hint) != key:
             raise grm.TaskError(
                 f"--cache {folder}: is stale (another teacher, task, list of pairs or sampling); "
                 "delete it, or choose another"
             )
 
+    def lock(self):
+        """Let no other run fill it meanwhile."""
+        self.locked = parallel.lock(self.folder / "lock")
+
+    def unlock(self):
+        """Let others fill it again."""
+        if self.locked:
+            self.locked.close()
+
     def path(self, shard):
-        """The file of a shard, by its number."""
-        return self.folder / f"labels-{shard:05d}.safetensors"
+        """The folder of a shard, by its number."""
+        return self.folder / f"labels-{shard:05d}"
 
     def save(self, shard, tensors):
         """Write a shard: whole, or not at all."""
-        temporary = f"{self.path(shard)}.tmp"
-        save_file(tensors, temporary)
-        os.replace(temporary, self.path(shard))
+        with parallel.writing(self.path(shard)) as unfinished:
+            unfinished.mkdir()
+            save_file(tensors, unfinished / "labels.safetensors")
 
     def load(self, shard):
-        """(probs_NY, reasonings) of a shard; reasonings: by pair, the well-formed ones' ids."""
-        tensors = load_file(self.path(shard))
+        """The tensors of a shard, as Teacher.grade gave them."""
+        path = self.path(shard)
+        parallel.check_folder(path, "delete it: it is made again")
+        return load_file(path / "labels.safetensors")
+
+    def reasonings(self, tensors):
+        """By pair, the ids of a shard's well-formed reasonings."""
         ids = iter(tensors["ids"].tolist())
         reasonings = []
         for lengths_M in tensors["lengths_NM"].tolist():
             reasonings.append([list(itertools.islice(ids, n)) for n in lengths_M if n])
-        return tensors["probs_NY"], reasonings
+        return reasonings
 
 
 def ask_teacher(teacher, cache, prompts, ranks):
@@ -454,10 +475,9 @@ def ask_teacher(teacher, cache, prompts, ranks):
     """
     asked = well_formed = 0
     shards = range(ranks.rank, math.ceil(len(prompts) / cache.SHARD), ranks.world)
-    quiet = True if ranks.rank else None
-    for shard in tqdm(shards, desc="teacher", unit=f" x {cache.SHARD} pairs", disable=quiet):
+    for shard in parallel.Bar(shards, desc="teacher", unit=f" x {cache.SHARD} pairs"):
         if cache.path(shard).exists():
-            tensors = load_file(cache.path(shard))
+            tensors = cache.load(shard)
         else:
             first = shard * cache.SHARD
             mine = prompts[first : first + cache.SHARD]
@@ -471,22 +491,12 @@ def ask_teacher(teacher, cache, prompts, ranks):
                 f"{teacher.config.teacher}: {malformed:.0%} of {asked} answers are malformed; "
                 "is it trained for this task's format, and --max_new_tokens long enough?"
             )
-    ranks.barrier()
 
 
-def teach(teacher, pairs, teacher_hash, ranks):
-    """Give each pair what the teacher thinks, from the cache as far as it goes.
-
-    `probs`: its label distribution, a list; `reasonings`: lists of ids. Returns the pairs of which
-    at least one reasoning is well-formed.
-    """
+def open_cache(teacher, pairs, teacher_hash):
+    """The Cache of the teacher's distributions of these pairs."""
     config = teacher.config
     task = teacher.renderer.task
-    prompts = teacher.renderer.prompts(pairs)
-    try:
-        rollout.fit_rows(prompts, config.samples, config.max_new_tokens, config.cache_tokens)
-    except ValueError as error:
-        raise grm.TaskError(f"--{error}") from None
     texts = json.dumps([[pair["query"], pair["document"]] for pair in pairs])
     key = {
         "teacher": teacher_hash,
@@ -496,14 +506,34 @@ def teach(teacher, pairs, teacher_hash, ranks):
     }
     if task.format == "reason-first" or config.loss in TOKEN_LOSSES:
         key["sampling"] = [config.samples, config.sampling_temperature, config.max_new_tokens]
+    return Cache(config.cache, key)
+
+
+def teach(teacher, pairs, teacher_hash, ranks, progress):
+    """Give each pair what the teacher thinks, from the cache as far as it goes.
+
+    `probs`: its label distribution, a list; `reasonings`: lists of ids. Returns the pairs of which
+    at least one reasoning is well-formed.
+    """
+    config = teacher.config
+    prompts = teacher.renderer.prompts(parallel.Bar(pairs, desc="teacher's prompts", delay=30))
+    try:
+        rollout.fit_rows(prompts, config.samples, config.max_new_tokens, config.cache_tokens)
+    except ValueError as error:
+        raise grm.TaskError(f"--{error}") from None
     if ranks.rank == 0:
-        Cache(config.cache, key)
+        open_cache(teacher, pairs, teacher_hash)
     ranks.barrier()
-    cache = Cache(config.cache, key)
-    ask_teacher(teacher, cache, prompts, ranks)
+    cache = open_cache(teacher, pairs, teacher_hash)
+    ranks.on_rank_0(cache.lock)
+    with progress.interruptible():
+        ask_teacher(teacher, cache, prompts, ranks)
+    cache.unlock()
     for first in range(0, len(pairs), cache.SHARD):
-        probs_NY, reasonings = cache.load(first // cache.SHARD)
-        for pair, probs_Y, own in zip(pairs[first:], probs_NY.tolist(), reasonings, strict=False):
+        tensors = cache.load(first // cache.SHARD)
+        probs = tensors["probs_NY"].tolist()
+        reasonings = cache.reasonings(tensors)
+        for pair, probs_Y, own in zip(pairs[first:], probs, reasonings, strict=False):
             pair["probs"] = probs_Y
             pair["reasonings"] = own
     return [pair for pair in pairs if pair["reasonings"]]
@@ -542,6 +572,11 @@ class LabelStudent(torch.nn.Module):
         return grm.predictions_of(self.task, torch.cat(logits))
 
     def save(self, folder):
+        """Write a folder that from_pretrained loads: whole, or not at all."""
+        with parallel.writing(folder) as unfinished:
+            self.write(unfinished)
+
+    def write(self, folder):
         """Write model and tokenizer."""
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
@@ -558,16 +593,12 @@ class ClassifierStudent(LabelStudent):
         super().__init__()
         self.config = config
         self.task = task
-        try:
+        with grm.blaming(f"--student {config.student}: cannot be loaded"):
             self.tokenizer = AutoTokenizer.from_pretrained(config.student, trust_remote_code=False)
             self.model = load_classifier(config, task, device)
-        except grm.TaskError:
-            raise
-        except (OSError, ValueError, KeyError) as error:
-            first_line = str(error).partition("\n")[0]
-            raise grm.TaskError(
-                f"--student {config.student}: cannot be loaded: {first_line}"
-            ) from None
+        if config.input == "pair":
+            # "[SEP]" in a document is text, here and for whoever loads the saved folder.
+            self.tokenizer.split_special_tokens = True
         names = self.model.config.label2id
         self.order = [names[label] for label in task.labels]
         context = getattr(self.model.config, "max_position_embeddings", config.max_length)
@@ -592,7 +623,6 @@ class ClassifierStudent(LabelStudent):
             [pair["document"] for pair in pairs],
             truncation="only_second",
             max_length=self.max_length,
-            split_special_tokens=True,
         )
         for i, pair in enumerate(pairs):
             pair["encoded"] = {name: values[i] for name, values in batch.items()}
@@ -612,31 +642,40 @@ class ClassifierStudent(LabelStudent):
 
 def load_classifier(config, task, device):
     """The student's model, its head named by the task's labels; fresh weights if it has none."""
-    folder = Path(config.student)
-    has_weights = not folder.is_dir() or any(folder.glob("*.safetensors"))
     model_config = AutoConfig.from_pretrained(config.student, trust_remote_code=False)
     names = dict(enumerate(task.labels))
-    if has_weights and "ForSequenceClassification" in str(model_config.architectures):
+    is_classifier = "ForSequenceClassification" in str(model_config.architectures)
+    is_classifier = is_classifier and grm.has_weights(config.student)
+    if is_classifier:
         names = {i: str(name) for i, name in model_config.id2label.items()}
         missing = [label for label in task.labels if label not in names.values()]
         if missing:
             raise grm.TaskError(
-                f"--student {folder}: its classifier has no label {', '.join(missing)} (it has "
-                f"{', '.join(names.values())}); name the labels in its config.json, or start from "
-                "the model without one"
+                f"--student {config.student}: its classifier has no label {', '.join(missing)} "
+                f"(it has {', '.join(names.values())}); name the labels in its config.json, or "
+                "start from the model without one"
             )
     model_config.id2label = names
     model_config.label2id = {label: i for i, label in names.items()}
-    settings = {"trust_remote_code": False, "dtype": torch.float32}
-    torch.manual_seed(config.seed)
-    on_meta = str(device) == "meta"
-    with torch.device("meta") if on_meta else nullcontext():
-        if has_weights and not on_meta:
-            model = AutoModelForSequenceClassification.from_pretrained(
-                config.student, config=model_config, use_safetensors=True, **settings
-            )
-        else:
-            model = AutoModelForSequenceClassification.from_config(model_config, **settings)
+    model, report = grm.build_model(
+        AutoModelForSequenceClassification,
+        config.student,
+        model_config,
+        device,
+        torch.float32,
+        config.seed,
+    )
+    differing = report["missing_keys"] | report["unexpected_keys"]
+    if not is_classifier and differing:
+        # A pretrained encoder gets a new head (and pooler) and loses that of its pretraining.
+        body = f"{model.base_model_prefix}."
+        heads = {name for name in differing if not name.startswith(body) or "pooler" in name}
+        differing -= heads
+        print(f"{config.student}: new, or left out: {grm.few(heads)}", file=sys.stderr)
+    if differing:
+        raise grm.TaskError(
+            f"--student {config.student}: tensors are missing or left over: {grm.few(differing)}"
+        )
     return model.to(device)
 
 
@@ -658,12 +697,15 @@ class CausalStudent(LabelStudent):
         """Give each pair `prompt`: the ids behind which its label is read."""
         for pair, ids in zip(pairs, self.renderer.prompts(pairs), strict=True):
             pair["prompt"] = ids + self.renderer.opening
-            pair["answers"] = [[0]]  # one token to predict, whichever
+
+    def answers(self, pair):
+        """What it answers to a pair, in training: one token, whichever."""
+        return [[0]]
 
     def micro_batches(self, pairs):
         """Slices of at most max_tokens tokens."""
         prompts = [pair["prompt"] for pair in pairs]
-        answers = [pair["answers"] for pair in pairs]
+        answers = [self.answers(pair) for pair in pairs]
         return [part for part, _ in rollout.micro_batches(prompts, answers, self.config.max_tokens)]
 
     def label_logits(self, pairs):
@@ -671,9 +713,12 @@ class CausalStudent(LabelStudent):
         prompts = [pair["prompt"] for pair in pairs]
         return rollout.next_token_logits(self.model, prompts, self.renderer.label_ids)
 
-    def save(self, folder):
+    def write(self, folder):
         """Write model, tokenizer, and the criteria in the student's form, for grm.py score."""
-        super().save(folder)
+        labels = [self.renderer.response(f"\\boxed{{{label}}}") for label in self.task.labels]
+        longest = max(map(len, labels))
+        self.model.generation_config = GenerationConfig(max_new_tokens=longest, do_sample=False)
+        super().write(folder)
         replace(self.task, steps=[], format="answer-first").save(folder)
 
 
@@ -690,7 +735,7 @@ class ReasoningStudent(CausalStudent):
         """token_kd_loss of the pairs' answers; num_tokens: answer tokens of all ranks."""
         config = self.config
         prompts = [pair["prompt"] for pair in pairs]
-        answers = [pair["answers"] for pair in pairs]
+        answers = [self.answers(pair) for pair in pairs]
         tree = rollout.Tree(prompts, answers, self.model.device)
         student_AD = rollout.answer_hidden(self.model, tree)
         with torch.no_grad():
@@ -707,14 +752,17 @@ class ReasoningStudent(CausalStudent):
         )
 
     def encode(self, pairs):
-        """Give each pair `prompt`, its ids, and `answers`, the teacher's reasonings."""
+        """Give each pair `prompt`, its ids."""
         for pair, ids in zip(pairs, self.renderer.prompts(pairs), strict=True):
             pair["prompt"] = ids
-            pair["answers"] = pair.get("reasonings")
+
+    def answers(self, pair):
+        """The teacher's reasonings, or its own."""
+        return pair["reasonings"]
 
     def weight(self, pairs):
         """What the loss is averaged over: the answers' tokens."""
-        return sum(len(answer) for pair in pairs for answer in pair["answers"])
+        return sum(len(answer) for pair in pairs for answer in pair["reasonings"])
 
     def answer(self, pairs, step, first_row):
         """The pairs with its own answers in place of the teacher's (on-policy)."""
@@ -731,16 +779,18 @@ class ReasoningStudent(CausalStudent):
             cache_tokens=self.config.cache_tokens,
         )
         answered = zip(pairs, sampled.answers, strict=True)
-        return [pair | {"answers": answers} for pair, answers in answered]
+        return [pair | {"reasonings": answers} for pair, answers in answered]
 
     def predict(self, pairs):
         """Its predictions, as grm.metrics takes them."""
         engine = make_engine(self.model, self.renderer, self.config)
         return grm.judge(self.renderer, engine, pairs, explain=False)
 
-    def save(self, folder):
+    def write(self, folder):
         """Write model, tokenizer and criteria."""
-        LabelStudent.save(self, folder)
+        length = self.config.max_new_tokens
+        self.model.generation_config = GenerationConfig(max_new_tokens=length, do_sample=False)
+        LabelStudent.write(self, folder)
         self.task.save(folder)
 
 
@@ -772,11 +822,8 @@ def student_maker(config, task, teacher):
     folder = Path(config.student)
     if folder.is_dir():
         grm.check_model_folder(folder)
-    try:
+    with grm.blaming(f"--student {config.student}: cannot be loaded"):
         model_config = AutoConfig.from_pretrained(config.student, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        first_line = str(error).partition("\n")[0]
-        raise grm.TaskError(f"--student {config.student}: {first_line}") from None
     is_causal = any(name.endswith("ForCausalLM") for name in model_config.architectures or [])
     if config.loss not in TOKEN_LOSSES:
         return partial(CausalStudent if is_causal else ClassifierStudent, config, task)
@@ -798,7 +845,8 @@ def train(student, sampling_student, optimizer, pairs, config, ranks, progress):
         share = ranks.share(len(batch))
         mine = batch[share]
         if config.on_policy:
-            mine = sampling_student.answer(mine, step, share.start)
+            with progress.interruptible():
+                mine = sampling_student.answer(mine, step, share.start)
 
         student.train()
         denominator = ranks.sum(student.weight(mine))
@@ -832,16 +880,24 @@ def milliseconds(judge, pairs, batch):
     return 1000 * min(times) / len(pairs)
 
 
-def evaluate(task, judge, tests):
-    """{test set: metrics} of a teacher or student, with time and size."""
-    pairs = next(iter(tests.values()))
-    cost = {f"ms_per_pair_batch_{n}": milliseconds(judge, pairs, n) for n in (1, 64)}
-    cost["parameters"] = sum(p.numel() for p in judge.model.parameters())
+def evaluate(task, judge, tests, ranks, progress):
+    """{test set: metrics} of a teacher or student, with size, and on rank 0 time.
+
+    Each rank judges its share of the pairs.
+    """
+    cost = {"parameters": sum(p.numel() for p in judge.model.parameters())}
+    with progress.interruptible():
+        if ranks.rank == 0:  # while the others wait: they would disturb it
+            pairs = next(iter(tests.values()))
+            cost |= {f"ms_per_pair_batch_{n}": milliseconds(judge, pairs, n) for n in (1, 64)}
     scores = {}
     for name, pairs in tests.items():
-        predictions = []
-        for i in range(0, len(pairs), 256):  # so that memory does not grow with the test set
-            predictions += judge.predict(pairs[i : i + 256])
+        mine = pairs[ranks.share(len(pairs))]
+        judged = []
+        with progress.interruptible():
+            for i in range(0, len(mine), 256):  # so that memory does not grow with the test set
+                judged += judge.predict(mine[i : i + 256])
+        predictions = [prediction for part in ranks.gather_json(judged) for prediction in part]
         scores[name] = grm.metrics(task, pairs, predictions) | cost
     return scores
 
@@ -863,9 +919,9 @@ def main():
     bf16 = ranks.device.type == "cuda"  # computes and samples; master weights are float32
     task = grm.Task.load(config.task)
     pairs, tests = read_pairs(config, task)
-    teacher_hash = ranks.on_rank_0(grm.hash_files, [config.teacher])
+    teacher_hash = ranks.on_rank_0(parallel.hash_inputs, [config.teacher])
     files = [config.student, *(Path(config.task) / name for name in config.pairs.split(","))]
-    inputs = ranks.on_rank_0(grm.hash_files, [*files, Path(config.task) / "criteria.md"])
+    inputs = ranks.on_rank_0(parallel.hash_inputs, [*files, Path(config.task) / "criteria.md"])
     settings = asdict(config) | {"inputs": [teacher_hash, inputs]}
     progress = parallel.Progress(
         out, settings, ranks, stage="student", free=FREE, save_every=config.save_every, keep=1
@@ -874,36 +930,40 @@ def main():
     make = student_maker(config, task, teacher)
     student = parallel.shard(make, ranks, bf16)
     optimizer = torch.optim.AdamW(student.parameters(), weight_decay=config.weight_decay)
-    student.encode(pairs)
-    for test in tests.values():
-        student.encode(test)
+    for name, records in {"pairs": pairs, **tests}.items():
+        starts = range(0, len(records), 1000)
+        bar = parallel.Bar(starts, desc=f"{name}: x 1,000", delay=parallel.LINE_SECONDS)
+        for start in bar:
+            student.encode(records[start : start + 1000])
+    parallel.announce(ranks, bf16, student, {"pairs": pairs, **tests}, out)
     progress.start(student, optimizer)
+    ranks.stop_on_signals()
 
     # Stage 1: what the teacher thinks
     start = time.perf_counter()
     if teacher:
-        pairs = teach(teacher, pairs, teacher_hash, ranks)
-        student.encode(pairs)
+        pairs = teach(teacher, pairs, teacher_hash, ranks, progress)
     teacher_s = time.perf_counter() - start
 
     # Stage 2: the student learns it
     start = time.perf_counter()
     sampling_student = parallel.whole_copy(make, student, ranks, bf16) if config.on_policy else None
-    ranks.stop_on_signals()
     train(student, sampling_student, optimizer, pairs, config, ranks, progress)
     student = parallel.whole_copy(make, student, ranks, bf16).eval()
     training_s = time.perf_counter() - start
+    ranks.on_rank_0(student.save, out / "model")
 
     # Stage 3: side by side
+    for who, judge in (("teacher", teacher), ("student", student)):
+        if judge:
+            scores = evaluate(task, judge, tests, ranks, progress)
+            progress.summary[who] = scores
     if ranks.rank == 0:
-        student.save(out / "model")
-        summary = progress.summary
-        for who, judge in (("teacher", teacher), ("student", student)):
-            if judge:
-                summary[who] = evaluate(task, judge, tests)
-        grm.print_table(summary, COLUMNS)
-        summary |= {"teacher_s": teacher_s, "training_s": training_s}
+        table = dict(progress.summary)
+        progress.summary |= {"teacher_s": teacher_s, "training_s": training_s}
+        progress.save_summary()
         progress.finish()
+        grm.print_table(table, COLUMNS)
         print(f"\n{out}/model: the student; teacher {teacher_s:.0f} s, training {training_s:.0f} s")
 
 

@@ -8,18 +8,20 @@ tokenised once, and ids are never decoded and encoded again.
     python grm.py score --model DIR --pairs IN.jsonl --out OUT.jsonl [--task DIR] [--explain]
     python grm.py judge --model DIR "query" "document"
 
-This file needs torch, transformers (with jinja2), numpy, pyyaml and tqdm only, and for the two
-commands above rollout.py beside it; copy it alone.
+This file needs torch, transformers (with jinja2), numpy and pyyaml only, and for the two commands
+above rollout.py and parallel.py beside it; copy it alone.
 Shapes: N answers, T positions of an answer, Y labels.
 """
 
 import argparse
-import hashlib
+import contextlib
 import json
 import math
 import os
 import re
+import signal
 import sys
+import threading
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import get_args
@@ -28,7 +30,6 @@ import numpy as np
 import torch
 import yaml
 from jinja2.exceptions import TemplateError
-from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.hf_argparser import string_to_bool
 from transformers.utils import logging as hf_logging
@@ -36,13 +37,60 @@ from transformers.utils import logging as hf_logging
 BOX = re.compile(r"\\boxed\{([^{}]*)\}")
 FORMATS = ("reason-first", "answer-first")
 MOST_PROBLEMS = 20  # bad lines that are named; of the rest, the number
+TEMPLATE_SECONDS = 10  # for a chat template, which is a program and may loop for ever
+TEMPLATE_LENGTH = 10**6  # characters that it may add
+MAX_NEW_TOKENS = 128  # where a model's folder does not say how long its answers are
 
 
 class TaskError(ValueError):
     """Input that cannot be used. One line a problem, `file:line: what is wrong` where it can."""
 
 
+@contextlib.contextmanager
+def blaming(source):
+    """Whatever a broken or foreign file makes the libraries raise is a TaskError that names it."""
+    try:
+        yield
+    except TaskError:
+        raise
+    except Exception as error:
+        first_line = str(error).partition("\n")[0]
+        raise TaskError(f"{source}: {type(error).__name__}: {first_line}") from error
+
+
+def parse_json(text):
+    """A JSON value. Raises ValueError also for a key that is given twice, and for NaN."""
+    try:
+        return json.loads(
+            text, object_pairs_hook=_unique, parse_float=_finite, parse_constant=_finite
+        )
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def _unique(items):
+    """An object's items as a dict."""
+    keys = [key for key, _ in items]
+    if len(set(keys)) < len(keys):
+        raise ValueError(f"{max(keys, key=keys.count)!r} is given twice")
+    return dict(items)
+
+
+def _finite(text):
+    """A number, of its text."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text}: is no number of JSON")
+    return value
+
+
 # The task folder ----------------------------------------------------------------------------------
+
+
+class Record(dict):
+    """A line of a JSON Lines file, with whatever fields it has. where: "file:line"."""
+
+    where = "pair"
 
 
 @dataclass
@@ -90,10 +138,11 @@ class Task:
 
     def save(self, folder):
         """Write criteria.md into a folder: beside a model, it says what that was trained for."""
-        lines = ["---"]
-        for name in ("labels", "relevant", "steps", "format"):
-            lines.append(f"{name}: {json.dumps(getattr(self, name))}")
-        text = "\n".join([*lines, "---", self.criteria, ""])
+        head = {name: getattr(self, name) for name in ("labels", "relevant", "steps", "format")}
+        # Lists on one line, however long, and characters as they are.
+        settings = {"default_flow_style": None, "width": math.inf, "allow_unicode": True}
+        front = yaml.safe_dump(head, sort_keys=False, **settings)
+        text = f"---\n{front}---\n{self.criteria}\n"
         (Path(folder) / "criteria.md").write_text(text, encoding="utf-8")
 
     def check_model(self, folder):
@@ -118,7 +167,7 @@ class Task:
         """Read a JSON Lines file of pairs, checked: query, document, and what is `required` of
         label and response.
 
-        Returns dicts with `where` = "file:line" added. Raises TaskError that names the bad lines.
+        Returns Records. Raises TaskError that names the bad lines.
         """
         path = Path(path)
         if not path.is_file():
@@ -131,11 +180,12 @@ class Task:
                 continue
             where = f"{path}:{number}"
             try:
-                record = self.check(json.loads(line.decode("utf-8")), required)
-                records.append(record | {"where": where})
+                record = Record(self.check(parse_json(line.decode("utf-8")), required))
+                record.where = where
+                records.append(record)
             except json.JSONDecodeError as error:
                 problems.append(f"{where}: not JSON: {error.msg}, column {error.colno}")
-            except (ValueError, RecursionError) as error:
+            except ValueError as error:
                 problems.append(f"{where}: {error}")
         if not records and not problems:
             problems = [f"{path}: holds no pairs"]
@@ -206,7 +256,10 @@ def _read_criteria(path):
         raise TaskError(f"{path}:1: must begin with a front matter between two lines of ---")
     _, front, body = parts
     try:
-        head = yaml.safe_load(front)
+        # The base loader keeps values as they are written: elsewhere in YAML 1.1, 010 is 8.
+        head = yaml.load(front, Loader=yaml.BaseLoader)
+    except RecursionError:
+        raise TaskError(f"{path}: the front matter is nested too deeply") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = mark.line + 1 if mark else 1
@@ -224,31 +277,18 @@ def _read_criteria(path):
 
 
 def _strings(path, head, name):
-    """A list of the front matter, its integers as strings."""
+    """A list of the front matter."""
     values = head.get(name, [])
-    is_text = lambda value: isinstance(value, str | int) and not isinstance(value, bool)
-    if not isinstance(values, list) or not all(map(is_text, values)):
-        raise TaskError(
-            f"{path}: {name} must be a list of strings or integers; quote words such as yes and no"
-        )
-    values = [str(value).strip() for value in values]
+    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+        raise TaskError(f"{path}: {name} must be a list, such as [no, yes]")
+    values = [value.strip() for value in values]
     if len(set(values)) < len(values) or any(not v or set("{}") & set(v) for v in values):
         raise TaskError(
             f"{path}: {name} must not repeat a value nor contain braces, nor an empty value"
         )
+    if any("\ud800" <= character <= "\udfff" for character in "".join(values)):
+        raise TaskError(f"{path}: {name} holds half a character (a lone surrogate)")
     return values
-
-
-def hash_files(paths):
-    """SHA-256 of files and of the model files in folders; what does not exist counts as nothing."""
-    digest = hashlib.sha256()
-    for path in map(Path, paths):
-        files = [path] if path.is_file() else sorted(path.glob("*"))
-        for file in files:
-            if file.suffix in (".json", ".jsonl", ".jinja", ".md", ".model", ".safetensors"):
-                with open(file, "rb") as opened:
-                    digest.update(hashlib.file_digest(opened, "sha256").digest())
-    return digest.hexdigest()
 
 
 # Settings -----------------------------------------------------------------------------------------
@@ -290,11 +330,13 @@ def _read_settings(path, config_class):
     if not path.is_file():
         return {}
     try:
-        values = json.loads(path.read_text(encoding="utf-8-sig"))
+        values = parse_json(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise TaskError(f"{path}: {error}") from None
     if not isinstance(values, dict):
         raise TaskError(f"{path}: must be a JSON object of settings")
+    if "task" in values:
+        raise TaskError(f"{path}: cannot say --task, since it belongs to the task")
     if unknown := set(values) - set(config_class.__dataclass_fields__):
         raise TaskError(f"{path}: unknown settings {', '.join(sorted(unknown))}")
     return values
@@ -354,6 +396,25 @@ class Trace:
     problem: str | None = None
 
 
+@contextlib.contextmanager
+def time_limit(seconds):
+    """Raise TimeoutError in what takes longer; outside the main thread there is no limit."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    former = signal.signal(signal.SIGALRM, _time_out)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, former)
+
+
+def _time_out(number, frame):
+    raise TimeoutError("does not come to an end")
+
+
 class Renderer:
     """A task in one tokenizer's ids: the one prompt builder, and the one parser, of the project.
 
@@ -362,7 +423,7 @@ class Renderer:
     Attributes: truncated counts the documents that were cut; eos_id ends an answer, as the chat
     template ends the assistant's turn; opening holds the ids of "\\boxed{"; label_ids the id with
     which each label begins behind it, all different.
-    Raises TaskError without a chat template, or if the labels' first tokens coincide.
+    Raises TaskError without a usable chat template, or if the labels' first tokens coincide.
     """
 
     CRITERIA = "<<grm:criteria>>"
@@ -375,13 +436,10 @@ class Renderer:
         self.tokenizer = tokenizer
         self.truncated = 0
         self.max_prompt_tokens = None
-        self._size = len(tokenizer)
-        self._added = set(tokenizer.added_tokens_encoder.values()) | set(tokenizer.all_special_ids)
-        self._closers = {
-            i for token, i in tokenizer.get_vocab().items() if "}" in token or token == "<0x7D>"
-        }
-        self._read_template()
-        self._read_labels()
+        with blaming(f"{tokenizer.name_or_path}: the tokenizer or its chat template"):
+            self._read_tokenizer()
+            self._read_template()
+            self._read_labels()
         if context is not None:
             self.max_prompt_tokens = context - max_new_tokens - len(self.opening)
             if self.max_prompt_tokens < 1:
@@ -389,6 +447,14 @@ class Renderer:
                     f"--max_new_tokens {max_new_tokens}: leaves no room for a prompt "
                     f"in the context of {context} tokens"
                 )
+
+    def _read_tokenizer(self):
+        tokenizer = self.tokenizer
+        self._size = len(tokenizer)
+        self._added = set(tokenizer.added_tokens_encoder.values()) | set(tokenizer.all_special_ids)
+        self._closers = {
+            i for token, i in tokenizer.get_vocab().items() if "}" in token or token == "<0x7D>"
+        }
 
     def _read_template(self):
         """Cut the rendered chat template at criteria, query and document; find the turn's end."""
@@ -431,9 +497,13 @@ class Renderer:
         # enable_thinking=False (Qwen3 and relatives): the task's own steps are the reasoning.
         settings = {"tokenize": False, "enable_thinking": False}
         render = self.tokenizer.apply_chat_template
-        prompt = render(messages, add_generation_prompt=True, **settings)
         answer = {"role": "assistant", "content": self.ANSWER}
-        return prompt, render([*messages, answer], **settings)
+        with time_limit(TEMPLATE_SECONDS):
+            prompt = render(messages, add_generation_prompt=True, **settings)
+            turn = render([*messages, answer], **settings)
+        if max(len(prompt), len(turn)) > TEMPLATE_LENGTH:
+            raise TaskError("the chat template renders more than a million characters")
+        return prompt, turn
 
     def _encode(self, text, special=False):
         """Ids of a text. Unless `special`, nothing in it becomes an added token: it is spelled."""
@@ -530,7 +600,7 @@ class Renderer:
             try:
                 prompts.append(self.prompt(record["query"], record["document"]))
             except TaskError as error:
-                raise TaskError(f"{record.get('where', 'pair')}: {error}") from None
+                raise TaskError(f"{getattr(record, 'where', 'pair')}: {error}") from None
         return prompts
 
     def parse(self, ids):
@@ -546,18 +616,24 @@ class Renderer:
             return Trace(problem="a token that does not belong into an answer")
         steps = []
         boxes = self.task.boxes
-        ends = [i + 1 for i, token in enumerate(body) if token in self._closers]
-        for end in ends:
-            found = self._boxed(body[:end])
-            if len(found) > min(len(steps) + 1, len(boxes)):
+        # No box reaches over a closing brace, so what may complete one begins at the last of these.
+        window = 0
+        for at, token in enumerate(body):
+            if token not in self._closers:
+                continue
+            found = self._boxed(body[window : at + 1])
+            if window:
+                found = found[len(self._boxed(body[window : window + 1])) :]
+            window = at
+            if len(found) > min(1, len(boxes) - len(steps)):
                 return Trace(problem="too many boxes")
-            if len(found) > len(steps):
-                label = self._known.get(found[-1])
+            if found:
+                label = self._known.get(found[0])
                 if label is None:
                     return Trace(problem="unknown label")
                 start = steps[-1].end if steps else 0
-                label_at = self._find_label(body, start, end, label)
-                steps.append(Step(start, end, label, label_at))
+                label_at = self._find_label(body, start, at + 1, label)
+                steps.append(Step(start, at + 1, label, label_at))
         if len(steps) < len(boxes):
             return Trace(problem="missing boxes")
         final = steps[-1] if self.task.format == "reason-first" else steps[0]
@@ -567,9 +643,13 @@ class Renderer:
         """Where the label's first token stands in ids[start:end], directly behind the opening."""
         first = self._labels[label][0]
         for at in range(end - 1, start, -1):
+            if ids[at] != first:
+                continue
+            if "\\boxed" in self.decode(ids[at:end]):
+                return None  # before the box already
             before = "".join(self.decode(ids[start:at]).split())
-            if ids[at] == first and before.endswith("\\boxed{"):
-                return None if "\\boxed" in self.decode(ids[at:end]) else at
+            if before.endswith("\\boxed{"):
+                return at
         return None
 
 
@@ -732,37 +812,28 @@ def print_table(results, extra=()):
 # Models -------------------------------------------------------------------------------------------
 
 
-def load_model(source, device=None, dtype=torch.float32, seed=0):
+def load_model(source, device=None, dtype=torch.float32, seed=None):
     """Load (model, tokenizer) of a decoder-only model: safetensors only, no remote code.
 
-    source: a folder or a hub name. A folder with config and tokenizer but without weights gives a
-    fresh model, initialised from `seed`. device "meta" gives the architecture alone: nothing is
-    read or initialised, whatever weights there are.
-    Raises TaskError for a folder without config or tokenizer, or with pickled weights.
+    source: a folder or a hub name. device "meta" gives the architecture alone: nothing is read or
+    initialised, whatever weights there are. seed: of a model that is to be trained; one without
+    weights then starts from fresh ones.
+    Raises TaskError for a folder without config, tokenizer or weights, with pickled weights, or
+    with tensors that are missing, left over or not finite.
     """
     folder = Path(source)
     if folder.is_dir():
         check_model_folder(folder)
     elif folder.exists() or str(source).startswith((".", "/")) or str(source).count("/") > 1:
         raise TaskError(f"{source}: not a model folder; name one, or a hub model")
-    has_weights = not folder.is_dir() or any(folder.glob("*.safetensors"))
-    settings = {"dtype": dtype, "trust_remote_code": False}
-    try:
+    with blaming(f"{source}: cannot be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-        if device == "meta":
-            with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(config, **settings)
-        elif has_weights:
-            model = AutoModelForCausalLM.from_pretrained(source, use_safetensors=True, **settings)
-        else:
-            torch.manual_seed(seed)
-            model = AutoModelForCausalLM.from_config(config, **settings)
-    except Exception as error:  # whatever a broken or foreign folder makes the libraries raise
-        first_line = str(error).partition("\n")[0]
-        raise TaskError(
-            f"{source}: cannot be loaded: {type(error).__name__}: {first_line}"
-        ) from error
+        if type(getattr(config, "max_position_embeddings", None)) is not int:
+            raise TaskError(f"{source}: its config.json has no max_position_embeddings")
+        model, report = build_model(AutoModelForCausalLM, source, config, device, dtype, seed)
+    if differing := report["missing_keys"] | report["unexpected_keys"]:
+        raise TaskError(f"{source}: tensors are missing or left over: {few(differing)}")
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         raise TaskError(
             f"{source}: the tokenizer has more tokens ({len(tokenizer)}) than the model's embedding"
@@ -770,6 +841,43 @@ def load_model(source, device=None, dtype=torch.float32, seed=0):
     model.generation_config = GenerationConfig()  # no temperature, top-k, ... is taken over
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return model.eval().to(device), tokenizer
+
+
+def build_model(model_class, source, config, device, dtype, seed):
+    """(model, report) of a config, with a source's weights if it has any; see load_model.
+
+    report: which tensors are missing_keys or unexpected_keys, sets of names. Missing ones, as of a
+    new head, are initialised from the seed.
+    """
+    settings = {"dtype": dtype, "trust_remote_code": False}
+    nothing = {"missing_keys": set(), "unexpected_keys": set()}
+    if str(device) == "meta":
+        with torch.device("meta"):
+            return model_class.from_config(config, **settings), nothing
+    torch.manual_seed(seed or 0)
+    if has_weights(source):
+        settings |= {"use_safetensors": True, "output_loading_info": True}
+        model, report = model_class.from_pretrained(source, config=config, **settings)
+        not_finite = [name for name, p in model.named_parameters() if not p.isfinite().all()]
+        if not_finite:
+            raise TaskError(f"{source}: weights that are not finite: {few(not_finite)}")
+        return model, report
+    if seed is None:
+        raise TaskError(f"{source}: holds no weights (*.safetensors); train.py trains it")
+    print(f"{source}: holds no weights; fresh ones, of seed {seed}", file=sys.stderr)
+    return model_class.from_config(config, **settings), nothing
+
+
+def has_weights(source):
+    """Whether a model's folder has safetensors; a hub name is taken to have them."""
+    return not Path(source).is_dir() or any(Path(source).glob("*.safetensors"))
+
+
+def few(names):
+    """Some names for a message, in order."""
+    names = sorted(names)
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(names[:5]) + more
 
 
 def check_model_folder(folder):
@@ -859,15 +967,16 @@ def judge(renderer, engine, records, explain=True):
     return results
 
 
-def load_judge(model, task, max_new_tokens):
+def load_judge(model, task, max_new_tokens=None):
     """(renderer, engine) of a model's folder, for `judge`; task: a folder, or None for the model's.
 
+    max_new_tokens: None for as many as the model was trained to give, which its folder says.
     Raises TaskError if they do not fit each other.
     """
-    try:
-        import rollout
-    except ImportError as error:
-        raise TaskError(f"scoring needs rollout.py beside grm.py: {error}") from None
+    import rollout
+
+    if max_new_tokens is None:
+        max_new_tokens = trained_length(model)
     if max_new_tokens < 1:
         raise TaskError(f"--max_new_tokens {max_new_tokens}: must be at least 1")
     if task is None and not (Path(model) / "criteria.md").is_file():
@@ -877,11 +986,18 @@ def load_judge(model, task, max_new_tokens):
     model, tokenizer = load_model(model)
     context = model.config.max_position_embeddings
     renderer = Renderer(task, tokenizer, context, max_new_tokens)
-    try:
-        rollout.use_tree_attention(model)
-    except rollout.UnsupportedModelError as error:
-        raise TaskError(f"{error}") from None
+    rollout.use_tree_attention(model)
     return renderer, rollout.Engine(model, renderer.eos_id, renderer.label_ids, max_new_tokens)
+
+
+def trained_length(folder):
+    """The max_new_tokens of a folder's generation_config.json, where train.py notes its own."""
+    path = Path(folder) / "generation_config.json"
+    if not path.is_file():
+        return MAX_NEW_TOKENS
+    with blaming(path):
+        length = parse_json(path.read_text(encoding="utf-8")).get("max_new_tokens")
+    return length if type(length) is int else MAX_NEW_TOKENS
 
 
 def score_file(args):
@@ -890,50 +1006,38 @@ def score_file(args):
     Results go to OUT.partial, whose first line holds the settings; a stopped run goes on from
     there, and OUT appears when all is done.
     """
+    import parallel
+
     out = Path(args.out)
     partial = Path(f"{out}.partial")
+    lock = Path(f"{out}.lock")
     if args.batch_size < 1:
         raise TaskError(f"--batch_size {args.batch_size}: must be at least 1")
-    if out.exists():
-        raise TaskError(f"--out {out}: exists; delete it or choose another name")
+    check_free(out, partial)
     if not out.absolute().parent.is_dir() or not os.access(out.absolute().parent, os.W_OK):
         raise TaskError(f"--out {out}: its folder does not exist, or cannot be written")
     renderer, engine = load_judge(args.model, args.task, args.max_new_tokens)
     records = renderer.task.read(args.pairs, required=())
-    renderer.prompts(records)  # so that a pair that does not fit is named before any work
+    parallel.announce(parallel.Ranks(), False, engine.model, {args.pairs: records}, out)
+    # All prompts, so that a pair that does not fit is named before any work.
+    renderer.prompts(parallel.Bar(records, desc="prompts", delay=parallel.LINE_SECONDS))
     if renderer.truncated:
         cut = f"{renderer.truncated} of {len(records)} documents"
         print(f"{cut} were cut to fit the model's context", file=sys.stderr)
 
-    settings = {name: getattr(args, name) for name in ("explain", "max_new_tokens", "batch_size")}
-    settings["inputs"] = hash_files([args.model, renderer.task.folder / "criteria.md", args.pairs])
+    settings = {"explain": args.explain, "batch_size": args.batch_size}
+    settings["max_new_tokens"] = engine.max_new_tokens
+    inputs = [args.model, renderer.task.folder / "criteria.md", args.pairs]
+    settings["inputs"] = parallel.hash_inputs(inputs)
     header = json.dumps(settings).encode()
-    lines = partial.read_bytes().split(b"\n")[:-1] if partial.exists() else []  # whole lines
-    if lines and lines[0] != header:
-        raise TaskError(
-            f"{partial}: belongs to a run with other settings, model or pairs; "
-            "delete it or change --out"
-        )
-    # Whole batches only: in another batch a pair's last digits may differ.
-    done = max(0, len(lines) - 1) // args.batch_size * args.batch_size
-    with open(partial, "wb") as file:
-        file.write(b"\n".join([header, *lines[1 : 1 + done], b""]))
-        bar = tqdm(total=len(records), initial=done, unit="pair", disable=None)
-        for start in range(done, len(records), args.batch_size):
-            batch = records[start : start + args.batch_size]
-            results = judge(renderer, engine, batch, args.explain)
-            for record, result in zip(batch, results, strict=True):
-                line = json.dumps(scored(record, result), ensure_ascii=False)
-                file.write(line.encode("utf-8", "backslashreplace") + b"\n")
-            file.flush()
-            bar.update(len(batch))
-        bar.close()
-
-    lines = partial.read_bytes().split(b"\n", 1)[1]
-    temporary = Path(f"{out}.tmp")
-    temporary.write_bytes(lines)
-    os.replace(temporary, out)
-    partial.unlink()
+    with parallel.lock(lock):
+        check_free(out, partial)  # once more: nobody else can write it now
+        grade_file(renderer, engine, records, partial, header, args)
+        lines = partial.read_bytes().split(b"\n", 1)[1]
+        with parallel.writing(out) as unfinished:
+            unfinished.write_bytes(lines)
+        partial.unlink()
+        lock.unlink()
     results = [json.loads(line) for line in lines.splitlines()]
     malformed = sum(not result["well_formed"] for result in results)
     print(f"{out}: {len(results)} pairs, {malformed} malformed")
@@ -942,12 +1046,46 @@ def score_file(args):
         print(json.dumps(metrics(renderer.task, gold, results), indent=1))
 
 
+def check_free(out, partial):
+    """Raise TaskError if there is a file already, but for one that was just finished."""
+    if out.exists() and not (partial.exists() and partial.read_bytes().endswith(out.read_bytes())):
+        raise TaskError(f"--out {out}: exists; delete it or choose another name")
+
+
+def grade_file(renderer, engine, records, partial, header, args):
+    """Write the header and a line for each record to a file, or what is missing of them."""
+    import parallel
+
+    lines = partial.read_bytes().split(b"\n")[:-1] if partial.exists() else []  # whole lines
+    if lines and lines[0] != header:
+        raise TaskError(
+            f"{partial}: belongs to a run with other settings, model or pairs; "
+            "delete it or change --out"
+        )
+    # Whole batches only: in another batch a pair's last digits may differ.
+    done = max(0, len(lines) - 1) // args.batch_size * args.batch_size
+    for line in lines[1 : 1 + done]:
+        with blaming(f"{partial}: damaged; delete it"):
+            parse_json(line)
+    with parallel.naming(partial), open(partial, "wb") as file:
+        file.write(b"\n".join([header, *lines[1 : 1 + done], b""]))
+        with parallel.Bar(total=len(records), initial=done, desc="score", unit="pair") as bar:
+            for start in range(done, len(records), args.batch_size):
+                batch = records[start : start + args.batch_size]
+                results = judge(renderer, engine, batch, args.explain)
+                for record, result in zip(batch, results, strict=True):
+                    line = json.dumps(scored(record, result), ensure_ascii=False)
+                    file.write(line.encode("utf-8", "backslashreplace") + b"\n")
+                file.flush()
+                bar.update(len(batch))
+
+
 def scored(record, result):
     """A record with its result. `label` is the model's; one that the input had is kept as `gold`.
 
     In a file that was graded before, `label` is that grade, and `gold` is there already.
     """
-    kept = {name: value for name, value in record.items() if name not in ("where", "label")}
+    kept = {name: value for name, value in record.items() if name != "label"}
     if "label" in record:
         kept = {"gold": record["label"]} | kept
     return kept | result
@@ -983,7 +1121,7 @@ def main():
         command.add_argument("--model", required=True, help="model folder or hub name")
         command.add_argument("--task", help="folder with criteria.md (default: the model's own)")
         command.add_argument(
-            "--max_new_tokens", type=int, default=128, help="longest answer in tokens (default 128)"
+            "--max_new_tokens", type=int, help="longest answer in tokens (default: as trained)"
         )
     score.add_argument(
         "--pairs", required=True, help="JSON Lines with query, document; a label is kept as gold"
@@ -997,16 +1135,16 @@ def main():
     single.add_argument("document")
     args = parser.parse_args()
     hf_logging.disable_progress_bar()
-    try:
-        if args.command == "score":
-            score_file(args)
-        else:
-            judge_pair(args)
-    except TaskError as error:
-        sys.exit(f"{error}")
-    except KeyboardInterrupt:
-        sys.exit("stopped; the same command goes on from here")
+    if args.command == "score":
+        score_file(args)
+    else:
+        judge_pair(args)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        import parallel
+        import rollout
+    except ImportError as missing:
+        sys.exit(f"scoring needs rollout.py and parallel.py beside grm.py: {missing}")
+    parallel.launch(main, errors=(TaskError, rollout.UnsupportedModelError))

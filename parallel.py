@@ -22,6 +22,9 @@ tqdm only; copy it alone.
 """
 
 import contextlib
+import fcntl
+import hashlib
+import io
 import json
 import math
 import os
@@ -42,6 +45,11 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 
+SAVE_SECONDS = 600  # between checkpoints, where no number of steps is given
+LINE_SECONDS = 30  # between lines of progress, where the output is no terminal
+# Files that a run reads and writes; what else lies in a folder is not looked at.
+SUFFIXES = (".json", ".jsonl", ".jinja", ".md", ".model", ".safetensors", ".txt")
+
 
 class RunError(Exception):
     """A run that cannot begin or go on. The message says why, and what to do."""
@@ -51,10 +59,182 @@ class Stopped(Exception):  # noqa: N818 (it is no error)
     """The run was asked to stop, and has saved."""
 
 
+def is_rank_0():
+    """Whether this process speaks and writes for all."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def print0(text):
     """Print a line on rank 0 alone, above a progress bar."""
-    if os.environ.get("RANK", "0") == "0":
+    if is_rank_0():
         tqdm.write(str(text))
+
+
+class Bar(tqdm):
+    """tqdm on rank 0; where the output is no terminal, a plain line about every half minute."""
+
+    def __init__(self, *args, **settings):
+        self.is_plain = not sys.stderr.isatty()
+        self.shown = ""
+        if self.is_plain:
+            settings |= {
+                "bar_format": "{desc}: {n_fmt}/{total_fmt}, {rate_fmt}, {remaining} left{postfix}",
+                "mininterval": LINE_SECONDS,
+                "maxinterval": LINE_SECONDS,
+                "file": io.StringIO(),  # takes tqdm's carriage returns
+            }
+        super().__init__(*args, dynamic_ncols=True, disable=not is_rank_0(), **settings)
+
+    def display(self, msg=None, pos=None):
+        """What tqdm calls to show the bar."""
+        if not self.is_plain:
+            super().display(msg, pos)
+        elif msg is None and str(self) != self.shown:
+            self.shown = str(self)
+            print(self.shown, file=sys.stderr, flush=True)
+
+
+# Files: whole or not there ------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def writing(path):
+    """Give a path beside `path` to write a file or a folder to; it becomes `path` when it is whole.
+
+    What was at `path` is replaced then, and a folder gets checksums.json (`put_in_place`). Raises
+    RunError if it cannot be written; `path` is as it was.
+    """
+    unfinished = unfinished_path(path)
+    try:
+        _remove(unfinished)
+        yield unfinished
+        put_in_place(unfinished, path)
+    except RunError:
+        raise
+    except Exception as error:  # what torch, safetensors and tokenizers raise has no common class
+        _remove(unfinished)
+        raise RunError(f"{path}: cannot be written: {_first_line(error)}") from error
+
+
+def unfinished_path(path):
+    """Where a file or folder is while it is written."""
+    path = Path(path)
+    return path.with_name(f"{path.name}.unfinished")
+
+
+def put_in_place(unfinished, path, hashes=None):
+    """Rename what has been written, once all of it is on the disk.
+
+    A folder gets checksums.json, the SHA-256 of its files: `hashes`, where they are known.
+    """
+    written = [unfinished]
+    if unfinished.is_dir():
+        hashes = hashes or hash_folder(unfinished)
+        (unfinished / "checksums.json").write_text(json.dumps(hashes, indent=1) + "\n")
+        written = [*unfinished.iterdir(), unfinished]
+        shutil.rmtree(path, ignore_errors=True)
+    for file in written:
+        _flush(file)
+    os.replace(unfinished, path)
+    _flush(Path(path).absolute().parent)
+
+
+def _flush(path):
+    """Wait until a file, or a folder's list of files, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove(path):
+    """Remove a file or a folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
+
+
+def hash_folder(folder, part=slice(None)):
+    """{name: SHA-256} of a folder's files (SUFFIXES), or of `part` of them, by name."""
+    files = sorted(path for path in Path(folder).iterdir() if path.suffix in SUFFIXES)
+    files = [path for path in files if path.name != "checksums.json"]
+    return {path.name: _sha256(path) for path in files[part]}
+
+
+def _sha256(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_folder(folder, hint, hashes=None):
+    """Raise RunError if a folder's files are not as they were written; hint: what to do then.
+
+    hashes: of its files, where they are known. A folder without checksums.json is not checked.
+    """
+    if not (Path(folder) / "checksums.json").exists():
+        return
+    written = read_json(Path(folder) / "checksums.json", hint)
+    found = hashes or hash_folder(folder)
+    damaged = [name for name in written if found.get(name) != written[name]]
+    if damaged:
+        raise RunError(f"{folder}: {', '.join(damaged)} missing, or not as written; {hint}")
+
+
+def read_json(path, hint):
+    """A JSON object that a run has written. Raises RunError that names the file, with the hint."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        if isinstance(value, dict):
+            return value
+    except (ValueError, RecursionError):
+        pass
+    raise RunError(f"{path}: damaged; {hint}")
+
+
+def hash_inputs(paths):
+    """SHA-256 of files, and of those in folders; what does not exist counts as nothing.
+
+    A run that goes on must find the inputs that it began with. Raises RunError for a folder that
+    does not fit its checksums.json.
+    """
+    digest = hashlib.sha256()
+    for path in map(Path, paths):
+        hashes = {}
+        if path.is_dir():
+            hashes = hash_folder(path)
+            check_folder(path, "if that is meant, delete its checksums.json", hashes)
+        elif path.exists():
+            hashes = {path.name: _sha256(path)}
+        digest.update("".join(hashes.values()).encode())
+    return digest.hexdigest()
+
+
+def lock(path):
+    """Keep a file for this process, until it ends in whatever way; returns it, open: keep it so.
+
+    Raises RunError if another process has it.
+    """
+    file = open(path, "ab")  # noqa: SIM115 (closing it would release the lock)
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.close()
+        raise RunError(f"{path}: locked; another run writes here, wait for its end") from None
+    return file
+
+
+@contextlib.contextmanager
+def naming(path):
+    """What fails in writing to an open file raises RunError that names it."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"{path}: {error.strerror}") from error
+
+
+def _first_line(error):
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 
 # Ranks --------------------------------------------------------------------------------------------
@@ -72,6 +252,7 @@ class Ranks:
         self.device = torch.device("cpu")
         self.mesh = None
         self.asked_to_stop = False
+        self.interruptible = False  # whether a signal may break off what is being done
         backend = "gloo"
         if torch.cuda.is_available():
             self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -167,7 +348,10 @@ class Ranks:
     def _on_signal(self, number, frame):
         self.asked_to_stop = True
         signal.signal(number, signal.SIG_DFL)
-        print0("stopping after this step; once more to stop at once, unsaved")
+        print0("stopping as soon as this step is whole; once more to stop at once, unsaved")
+        if self.interruptible:
+            self.interruptible = False
+            raise KeyboardInterrupt
 
     def stopping(self):
         """Whether any rank has been asked to stop; all ranks get the same answer."""
@@ -186,7 +370,7 @@ def launch(main, errors=()):
     except KeyboardInterrupt:
         sys.exit("stopped; the same command goes on from what is saved")
     except (RunError, OSError, *errors) as error:
-        if os.environ.get("RANK", "0") != "0":
+        if not is_rank_0():
             time.sleep(5)  # rank 0 speaks first: torchrun ends the others as soon as one has left
         sys.exit(str(error))
     if dist.is_initialized():
@@ -298,6 +482,19 @@ def is_sharded(x):
     return isinstance(x, DTensor)
 
 
+def announce(ranks, bf16, model, pairs, out):
+    """A run's first lines: device, dtype, parameters, pairs ({name: list}), and where it writes."""
+    device = f"CPU ({torch.get_num_threads()} threads)"
+    if ranks.device.type == "cuda":
+        device = torch.cuda.get_device_name()
+    count = sum(p.numel() for p in model.parameters())
+    print0(f"device      {ranks.world} x {device}, {'bfloat16' if bf16 else 'float32'}")
+    print0(f"parameters  {count:,}")
+    sizes = [f"{name} {len(records):,}" for name, records in pairs.items()]
+    print0(f"pairs       {', '.join(sizes)}")
+    print0(f"output      {out}")
+
+
 # Training: batches, learning rate, progress -------------------------------------------------------
 
 
@@ -329,12 +526,13 @@ def learning_rate(peak, step, steps, final=0.1):
 class Progress:
     """How far a run is: its stage and step, its logs, its checkpoints. Stopped, it goes on.
 
-    out: the run's folder, which gets config.json (the settings), the logs NAME.jsonl and
-        checkpoints/. A folder of another run is refused, and so is a finished one, which holds
-        summary.json; a RunError says so, before anything is written.
+    out: the run's folder, which gets config.json (the settings), the logs NAME.jsonl, checkpoints/
+        and a lock. A folder of another run is refused, and so is one at work: a RunError says so,
+        before anything is written. A finished one, which holds summary.json, raises Stopped.
     settings: a dict; those named in `free` may change when the run is taken up again. "inputs" is a
         hash of the files that go in.
-    save_every: steps between checkpoints (0: only when stopped); keep: how many stay.
+    save_every: steps between checkpoints (0: ten minutes), beside the one at the end of each stage;
+        keep: how many stay.
     max_bad_steps: so many steps in a row whose loss or gradient is not finite end the run.
 
     `status` is shown behind the progress bar, `summary` (JSON) is kept in checkpoints.
@@ -362,26 +560,31 @@ class Progress:
         self.save_every = save_every
         self.max_bad_steps = max_bad_steps
         self.step = 0  # steps of this stage that are finished
-        self.done = 0  # of all stages
+        self.done = 0  # of all stages, and changes of stage
         self.skipped = 0  # steps without an update
         self.bad_steps = 0  # of these, the last ones in a row
         self.summary = {}
         self.status = ""
+        self.saved = None  # stage and step of the newest checkpoint
+        self.saved_at = time.monotonic()
         self.checkpoints = Checkpoints(self.out / "checkpoints", ranks, keep)
-        ranks.on_rank_0(self._check_out)
+        self._stop_if_finished(ranks.on_rank_0(self._check_out))
+
+    def _stop_if_finished(self, message):
+        if message:
+            raise Stopped(message)
 
     def _check_out(self):
+        """Raise RunError if OUT is of no use; returns what there is to say if it is finished."""
         path = self.out / "config.json"
         if self.out.exists() and not self.out.is_dir():
             raise RunError(f"--out {self.out}: not a folder")
         if not path.exists():
-            if self.out.exists() and any(self.out.iterdir()):
+            names = {file.name for file in self.out.iterdir()} if self.out.exists() else set()
+            if names - {"lock", "config.json.unfinished"}:
                 raise RunError(f"--out {self.out}: holds other files; choose a new folder")
             return
-        try:
-            former = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise RunError(f"{path}: not JSON ({error}); choose another --out") from None
+        former = read_json(path, "choose another --out")
         differing = []
         for name, value in self.settings.items():
             if name == "inputs" and former.get(name) != value:
@@ -393,26 +596,24 @@ class Progress:
                 f"--out {self.out}: holds another run ({', '.join(differing)}); "
                 "choose another folder, or delete it"
             )
-        if (self.out / "summary.json").exists():
-            raise RunError(
-                f"--out {self.out}: holds this run, finished; choose another folder, or delete it"
-            )
+        if (self.out / "summary.json").exists() and not self.checkpoints.folder.exists():
+            return f"--out {self.out}: holds this run, finished; to repeat it, choose another"
 
     def start(self, module, optimizer):
         """Make the folder, or take up its newest checkpoint, of however many ranks."""
         self.module = module
         self.optimizer = optimizer
-        self.ranks.on_rank_0(self._make_out)
+        self._stop_if_finished(self.ranks.on_rank_0(self._make_out))
         newest = self.checkpoints.newest()
+        logs = {name: [0, hashlib.sha256().hexdigest()] for name in self.logs}
         if newest is not None:
             state = self.checkpoints.load(newest, module, optimizer)
             for name in ("stage", "step", "done", "skipped", "bad_steps", "summary"):
                 setattr(self, name, state[name])
-            log_sizes = state["log_sizes"]
+            logs = state["logs"]
+            self.saved = (self.stage, self.step)
             print0(f"resumed {newest} at {self.stage} step {self.step}")
-        else:
-            log_sizes = dict.fromkeys(self.logs, 0)
-        self.ranks.on_rank_0(self._truncate_logs, log_sizes)
+        self.ranks.on_rank_0(self._truncate_logs, logs)
         self.board = None
         if self.ranks.rank == 0:
             with contextlib.suppress(ImportError):
@@ -423,30 +624,34 @@ class Progress:
     def _make_out(self):
         try:
             self.out.mkdir(parents=True, exist_ok=True)
-            (self.out / "config.json").write_text(json.dumps(self.settings, indent=1) + "\n")
+            self.lock = lock(self.out / "lock")
         except OSError as error:
             raise RunError(f"--out {self.out}: {error.strerror}") from None
+        finished = self._check_out()  # once more: nobody else can write to it now
+        if not finished:
+            with writing(self.out / "config.json") as unfinished:
+                unfinished.write_text(json.dumps(self.settings, indent=1) + "\n")
+        return finished
 
-    def _truncate_logs(self, sizes):
-        """Forget what came after the checkpoint: it is done again."""
-        for name, size in sizes.items():
-            with open(self.out / f"{name}.jsonl", "a") as file:
-                file.truncate(min(size, file.tell()))
+    def _truncate_logs(self, logs):
+        """Forget what came after the checkpoint: it is done again. Before that, nothing differs."""
+        for name, (size, sha256) in logs.items():
+            path = self.out / f"{name}.jsonl"
+            with open(path, "a+b") as file:
+                file.seek(0)
+                if hashlib.sha256(file.read(size)).hexdigest() != sha256:
+                    raise RunError(
+                        f"{path}: shorter than at the newest checkpoint, or changed; "
+                        f"delete {self.out} to begin again"
+                    )
+                file.truncate(size)
 
     def steps(self, count):
         """Yield the steps of this stage that are still to do.
 
         After each: the progress bar, a checkpoint where one is due, and Stopped if asked to stop.
         """
-        quiet = True if self.ranks.rank else None  # None: quiet where the output is no terminal
-        bar = tqdm(
-            total=count,
-            initial=self.step,
-            desc=self.stage,
-            unit="step",
-            disable=quiet,
-            dynamic_ncols=True,
-        )
+        bar = Bar(total=count, initial=self.step, desc=self.stage, unit="step")
         with bar:
             while self.step < count:
                 yield self.step
@@ -454,19 +659,50 @@ class Progress:
                 self.done += 1
                 bar.set_postfix_str(self.status, refresh=False)
                 bar.update()
-                stop = self.ranks.stopping()
-                if stop or (self.save_every and self.step % self.save_every == 0):
+                if self._save_is_due(count):
                     self.save()
-                if stop:
-                    raise Stopped(
-                        f"stopped after {self.stage} step {self.step}; saved. "
-                        "The same command goes on from there"
-                    )
+                self.stop_if_asked()
+
+    def _save_is_due(self, count):
+        if self.save_every:
+            return self.step % self.save_every == 0 or self.step == count
+        elapsed = self.ranks.max(time.monotonic() - self.saved_at)
+        return elapsed > SAVE_SECONDS or self.step == count
+
+    def stop_if_asked(self):
+        """If any rank was asked to stop, save what is not saved yet, and raise Stopped."""
+        if not self.ranks.stopping():
+            return
+        if self.saved != (self.stage, self.step):
+            self.save()
+        raise Stopped(
+            f"stopped after {self.stage} step {self.step}; saved. "
+            "The same command goes on from there"
+        )
+
+    @contextlib.contextmanager
+    def interruptible(self):
+        """Work that leaves the run as it is, so that it can be broken off anywhere: sampling, say.
+
+        Asked to stop, the run saves and raises Stopped, here. Inside, no rank may wait for others.
+        """
+        self.stop_if_asked()
+        try:
+            self.ranks.interruptible = True
+            yield
+            self.ranks.interruptible = False
+        except KeyboardInterrupt:
+            if not self.ranks.asked_to_stop:
+                raise
+        finally:
+            self.ranks.interruptible = False
+        self.stop_if_asked()
 
     def next_stage(self, stage):
         """Go on to another stage, with a fresh optimizer, from a checkpoint of this moment."""
         self.stage = stage
         self.step = 0
+        self.done += 1  # so that this checkpoint does not replace the one of the former stage's end
         self.optimizer.state.clear()
         self.save()
 
@@ -501,9 +737,10 @@ class Progress:
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in record.items()
         }
-        with open(self.out / f"{name}.jsonl", "a", encoding="utf-8") as file:
+        path = self.out / f"{name}.jsonl"
+        with naming(path), open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(finite, ensure_ascii=False) + "\n")
-        if self.board and name == "metrics":
+        if self.board and name in ("metrics", "tests"):
             for key, value in record.items():
                 if isinstance(value, float):
                     self.board.add_scalar(f"{self.stage}/{key}", value, record["step"])
@@ -515,28 +752,37 @@ class Progress:
             self.checkpoints.save(self.done, self.module, self.optimizer, state)
         except RunError as error:
             raise RunError(f"{error}. {self._last_saved()}") from error
+        self.saved = (self.stage, self.step)
+        self.saved_at = time.monotonic()
 
     def _state(self):
         names = ("stage", "step", "done", "skipped", "bad_steps", "summary")
         state = {name: getattr(self, name) for name in names}
-        state["log_sizes"] = {}
+        state["logs"] = {}
         for name in self.logs:
-            with open(self.out / f"{name}.jsonl", "a") as file:
-                os.fsync(file)
-                state["log_sizes"][name] = file.tell()
+            path = self.out / f"{name}.jsonl"
+            path.touch()
+            _flush(path)
+            state["logs"][name] = [path.stat().st_size, _sha256(path)]
         return state
 
     def _last_saved(self):
         newest = self.checkpoints.newest()
         return f"The last checkpoint is {newest}" if newest else "No checkpoint was saved yet"
 
+    def save_summary(self):
+        """Write OUT/summary.json. On rank 0."""
+        with writing(self.out / "summary.json") as unfinished:
+            unfinished.write_text(json.dumps(self.summary, indent=1) + "\n", encoding="utf-8")
+
     def finish(self):
-        """The run is over: write OUT/summary.json and remove the checkpoints. On rank 0."""
-        text = json.dumps(self.summary, indent=1) + "\n"
-        (self.out / "summary.json").write_text(text, encoding="utf-8")
-        shutil.rmtree(self.checkpoints.folder, ignore_errors=True)
+        """The run is over, and all that it should leave is written: remove the rest. On rank 0."""
         if self.board:
             self.board.close()
+        removed = unfinished_path(self.checkpoints.folder)
+        os.replace(self.checkpoints.folder, removed)  # at once: a part of them would be damaged
+        shutil.rmtree(removed)
+        (self.out / "lock").unlink()
 
 
 # Checkpoints --------------------------------------------------------------------------------------
@@ -546,17 +792,16 @@ class Checkpoints:
     """The checkpoints of a run, FOLDER/NNNNNN: each whole or not there; the newest `keep` stay.
 
     Weights and AdamW's moments are safetensors, each rank's parts a file, which any number of ranks
-    may read. The rest is state.json, written last, with the sizes of the other files.
+    may read. The rest is state.json. checksums.json holds the SHA-256 of all these.
     """
 
     def __init__(self, folder, ranks, keep=2):
         self.folder = Path(folder)
         self.ranks = ranks
         self.keep = keep
-        self.unfinished = self.folder / "unfinished"
 
     def _all(self):
-        return sorted(path.parent for path in self.folder.glob("[0-9]*/state.json"))
+        return sorted(path for path in self.folder.glob("[0-9]*") if path.name.isdigit())
 
     def newest(self):
         """The folder of the newest checkpoint, or None."""
@@ -568,55 +813,53 @@ class Checkpoints:
         state: a dict of JSON. Every rank must call it. Raises RunError, on every rank, if it cannot
         be written; the former checkpoints are untouched.
         """
+        path = self.folder / f"{number:06d}"
+        unfinished = unfinished_path(path)
+        updates = [float(moments["step"]) for moments in optimizer.state.values()]
+        state = state | {"updates": max(updates, default=0.0)}
         try:
-            self.ranks.on_rank_0(self._make_unfinished)
-            save_tensors(self.unfinished, _training_tensors(module, optimizer))
-            updates = [float(moments["step"]) for moments in optimizer.state.values()]
-            state = state | {"updates": max(updates, default=0.0)}
-            self.ranks.on_rank_0(self._complete, number, state)
+            self.ranks.on_rank_0(self._begin, unfinished, state)
+            save_tensors(unfinished, _training_tensors(module, optimizer))
+            hashes = self._hash(unfinished)
+            self.ranks.on_rank_0(self._complete, unfinished, path, hashes)
         except RunError:
-            self.ranks.on_rank_0(shutil.rmtree, self.unfinished, True)  # True: whatever its errors
+            self.ranks.on_rank_0(shutil.rmtree, unfinished, True)  # True: whatever its errors
             raise
 
-    def _make_unfinished(self):
-        shutil.rmtree(self.unfinished, ignore_errors=True)
-        self.unfinished.mkdir(parents=True)
+    def _begin(self, unfinished, state):
+        for path in self.folder.glob("*.unfinished"):
+            shutil.rmtree(path)
+        unfinished.mkdir(parents=True)
+        (unfinished / "state.json").write_text(json.dumps(state) + "\n", encoding="utf-8")
 
-    def _complete(self, number, state):
-        path = self.folder / f"{number:06d}"
-        sizes = {file.name: file.stat().st_size for file in self.unfinished.iterdir()}
-        with open(self.unfinished / "state.json", "w", encoding="utf-8") as file:
-            file.write(json.dumps(state | {"files": sizes}) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        shutil.rmtree(path, ignore_errors=True)
-        os.replace(self.unfinished, path)
+    def _hash(self, folder):
+        """{name: SHA-256} of a folder's files, of which each rank takes its share."""
+        mine = hash_folder(folder, slice(self.ranks.rank, None, self.ranks.world))
+        hashes = {}
+        for part in self.ranks.gather_json(mine):
+            hashes |= part
+        return hashes
+
+    def _complete(self, unfinished, path, hashes):
+        put_in_place(unfinished, path, hashes)
         for old in self._all()[: -self.keep]:
-            os.replace(old, self.unfinished)  # so that none is ever there in part
-            shutil.rmtree(self.unfinished)
+            removed = unfinished_path(old)
+            os.replace(old, removed)  # so that none is ever there in part
+            shutil.rmtree(removed)
 
     def load(self, path, module, optimizer):
         """Fill a module and its optimizer from a checkpoint; returns the state saved with it.
 
         Raises RunError, on every rank, where it is damaged or does not fit.
         """
-        state = self.ranks.on_rank_0(self._read, path)
+        hint = f"delete {path} to go on from an older checkpoint, or from the start"
+        if not (path / "checksums.json").is_file():
+            raise RunError(f"{path}: no checksums.json; {hint}")
+        check_folder(path, hint, self._hash(path))
+        state = read_json(path / "state.json", hint)
         load_tensors(path, _training_tensors(module, optimizer))
         for moments in optimizer.state.values():
             moments["step"].fill_(state["updates"])
-        return state
-
-    def _read(self, path):
-        hint = f"delete {path} to go on from an older checkpoint, or from the start"
-        try:
-            state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-            sizes = state["files"].items()
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise RunError(f"{path}: its state.json is damaged; {hint}") from None
-        for name, size in sizes:
-            file = path / name
-            if not file.is_file() or file.stat().st_size != size:
-                raise RunError(f"{path}: {name} is missing, or not whole; {hint}")
         return state
 
 
@@ -666,5 +909,4 @@ def _clear_errors(what):
     except (Exception, dcp.CheckpointException) as error:  # the latter is no Exception
         failures = getattr(error, "failures", None)
         cause = next(iter(failures.values()))[0] if failures else error
-        first_line = str(cause).partition("\n")[0]
-        raise RunError(f"{what}: {type(cause).__name__}: {first_line}") from error
+        raise RunError(f"{what}: {_first_line(cause)}") from error

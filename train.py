@@ -11,9 +11,9 @@
    step the credit that it earned (sam.py), update.
 3. Evaluate on every TASK/test*.jsonl before and after, by metrics that are not the reward.
 
-OUT gets config.json, metrics.jsonl, timing.jsonl, samples.jsonl, curves.png, summary.json, and the
-Hugging Face folders sft/ and model/. Settings come from the command line, then TASK/train.json,
-then the defaults below (which fit real models).
+OUT gets config.json, metrics.jsonl, tests.jsonl, timing.jsonl, samples.jsonl, summary.json,
+curves.png, and the Hugging Face folders sft/ and model/. Settings come from the command line, then
+TASK/train.json, then the defaults below (which fit real models).
 
 Several processes compute what one would (parallel.py). All randomness is drawn from (seed, step,
 row), so there is no state of random generators to save, and a resumed run writes the metrics.jsonl
@@ -26,7 +26,6 @@ the other, K steps of an answer.
 
 import json
 import os
-import shutil
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -61,7 +60,7 @@ class Config:
     max_tokens: int = setting(32768, "token budget of one forward pass (micro-batch)", min=1)
     cache_tokens: int = setting(131072, "token budget of the key-value cache in sampling", min=1)
     eval_every: int = setting(50, "evaluate every so many RL steps (0: before and after)", min=0)
-    save_every: int = setting(0, "save every so many steps (0: after SFT, when stopped)", min=0)
+    save_every: int = setting(0, "save every so many steps (0: every ten minutes)", min=0)
     keep: int = setting(2, "checkpoints to keep, the newest", min=1)
     max_bad_steps: int = setting(3, "end after so many steps in a row that are not finite", min=1)
     timeout: int = setting(1800, "seconds that a rank waits for another before the job ends", min=1)
@@ -153,7 +152,8 @@ def load_data(config, task, renderer):
         raise grm.TaskError(f"{folder}: holds no test*.jsonl to evaluate on")
     for name, records in data.items():
         before = renderer.truncated
-        for record, prompt in zip(records, renderer.prompts(records), strict=True):
+        bar = parallel.Bar(records, desc=f"{name}: prompts", delay=parallel.LINE_SECONDS)
+        for record, prompt in zip(records, renderer.prompts(bar), strict=True):
             record["prompt_ids"] = prompt
         if cut := renderer.truncated - before:
             parallel.print0(f"{name}: {cut} of {len(records)} documents cut to fit the context")
@@ -170,10 +170,10 @@ def load_demonstrations(path, config, task, renderer):
         length = len(record["answer_ids"])
         problem = renderer.parse(record["answer_ids"]).problem
         if problem:
-            raise grm.TaskError(f"{record['where']}: the response does not parse: {problem}")
+            raise grm.TaskError(f"{record.where}: the response does not parse: {problem}")
         if length > config.max_new_tokens:
             raise grm.TaskError(
-                f"{record['where']}: the response has {length} tokens, more than --max_new_tokens"
+                f"{record.where}: the response has {length} tokens, more than --max_new_tokens"
             )
     return records
 
@@ -184,7 +184,7 @@ def step_targets(record, config, task):
         return [record["label"]] * len(task.boxes)
     if "step_labels" not in record and config.rule != "none":
         raise grm.TaskError(
-            f"{record['where']}: no step_labels; use --step_targets final or --rule none"
+            f"{record.where}: no step_labels; use --step_targets final or --rule none"
         )
     return record.get("step_labels", [])
 
@@ -244,7 +244,7 @@ def checkpoint_layers(model):
         layer.training = True
 
 
-def export(sampling_model, renderer, folder):
+def export(sampling_model, renderer, folder, max_new_tokens):
     """Write a Hugging Face folder that from_pretrained and serving engines load, with criteria.md.
 
     In bf16 on CUDA, else in float32.
@@ -253,13 +253,12 @@ def export(sampling_model, renderer, folder):
         eos_token_id=renderer.eos_id,
         pad_token_id=renderer.tokenizer.pad_token_id,
         do_sample=False,
+        max_new_tokens=max_new_tokens,
     )
-    temporary = folder.with_suffix(".unfinished")
-    sampling_model.save_pretrained(temporary)
-    renderer.tokenizer.save_pretrained(temporary)
-    renderer.task.save(temporary)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(temporary, folder)
+    with parallel.writing(folder) as unfinished:
+        sampling_model.save_pretrained(unfinished)
+        renderer.tokenizer.save_pretrained(unfinished)
+        renderer.task.save(unfinished)
 
 
 # Stage 1: learn the form of the reasoning from demonstrations -------------------------------------
@@ -313,6 +312,8 @@ def rl(policy, sampling_model, optimizer, renderer, data, config, ranks, progres
     stages = by_stage(data["train"], config.rl_steps)
     reference = make_reference(config, ranks) if config.kl_coef else None
     for step in progress.steps(config.rl_steps):
+        if config.eval_every and step and step % config.eval_every == 0:
+            evaluate(sampling_model, renderer, data, config, ranks, progress)
         started = time.perf_counter()
 
         # 1. Draw pairs, of which each rank takes its share; sample a group of answers to each.
@@ -320,7 +321,8 @@ def rl(policy, sampling_model, optimizer, renderer, data, config, ranks, progres
         share = ranks.share(len(batch))
         mine = batch[share]
         prompts = [record["prompt_ids"] for record in mine]
-        sampled = sample_groups(sampling_model, renderer, prompts, step, share.start, config)
+        with progress.interruptible():
+            sampled = sample_groups(sampling_model, renderer, prompts, step, share.start, config)
         answers = sampled.answers
         sampled_at = time.perf_counter()
 
@@ -378,16 +380,12 @@ def rl(policy, sampling_model, optimizer, renderer, data, config, ranks, progres
             parallel.copy_weights(sampling_model, policy.model)
         updated_at = time.perf_counter()
 
-        # 4. Log, and now and then evaluate.
+        # 4. Log.
         figures = {"stage": "rl", "step": step + 1, "loss": loss, "grad_norm": grad_norm, "lr": lr}
         figures |= {"skipped": progress.skipped} | token_means(ranks.sum(totals))
         figures |= rollout_figures(sampled, traces, rewards_PG, advantages_N, credit_A, ranks)
         if config.sft_coef:
             figures["sft_loss"] = sft_loss
-        if is_evaluated(step, config):
-            scores = evaluate(sampling_model, renderer, data, config, ranks, progress)
-            for name, test in scores.items():
-                figures |= {f"{name}/{key}": test[key] for key in ("accuracy", "macro_f1")}
         progress.log("metrics", figures)
         times = {"sampling_s": sampled_at - started, "update_s": updated_at - sampled_at}
         progress.log("timing", {"stage": "rl", "step": step + 1, "tokens": num_tokens, **times})
@@ -485,12 +483,6 @@ def log_samples(progress, batch, sampled, traces, credit_A, renderer):
 # Stage 3: what came out ---------------------------------------------------------------------------
 
 
-def is_evaluated(step, config):
-    """Whether the model is evaluated after an RL step; that of the last one is after the loop."""
-    done = step + 1
-    return config.eval_every and done % config.eval_every == 0 and done < config.rl_steps
-
-
 def evaluate(sampling_model, renderer, data, config, ranks, progress):
     """Metrics of greedy answers, {test set: metrics}; each rank judges its share."""
     started = time.perf_counter()
@@ -503,32 +495,34 @@ def evaluate(sampling_model, renderer, data, config, ranks, progress):
         config.cache_tokens,
     )
     scores = {}
+    figures = {}
     for name, records in tests_of(data).items():
         mine = records[ranks.share(len(records))]
-        judged = ranks.gather_json(grm.judge(renderer, engine, mine) if mine else [])
-        predictions = [prediction for part in judged for prediction in part]
+        with progress.interruptible():
+            judged = grm.judge(renderer, engine, mine) if mine else []
+        predictions = [prediction for part in ranks.gather_json(judged) for prediction in part]
         scores[name] = grm.metrics(renderer.task, records, predictions)
+        figures |= {f"{name}/{key}": scores[name][key] for key in ("accuracy", "macro_f1")}
     seconds = time.perf_counter() - started
-    progress.log(
-        "timing", {"stage": progress.stage, "step": progress.step, "evaluation_s": seconds}
-    )
+    at = {"stage": progress.stage, "step": progress.step}
+    progress.log("tests", at | figures)
+    progress.log("timing", at | {"evaluation_s": seconds})
     return scores
 
 
-def draw_curves(out, summary, rl_steps):
+def draw_curves(out):
     """Draw OUT/curves.png: loss of SFT; reward and accuracy, credit, entropy of RL."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    before, after = next(iter(summary.values())), summary.get("rl", {})
-    for step, scores in ((0, before), (rl_steps, after)):
-        tests = {f"{name}/accuracy": test["accuracy"] for name, test in scores.items()}
-        records.append({"stage": "rl", "step": step, **tests})
-    records.sort(key=lambda record: record["step"])
-    accuracies = {f"{name}/accuracy": f"{name}, greedy" for name in before}
+    steps = read_log(out / "metrics.jsonl")
+    tests = read_log(out / "tests.jsonl")
+    for test in tests:
+        if test["stage"] == "sft":  # is where RL begins
+            test |= {"stage": "rl", "step": 0}
+    accuracies = {name: name.replace("/accuracy", ", greedy") for name in tests[0] if "acc" in name}
     panels = [
         ("SFT: loss", "sft", {"loss": "loss"}),
         ("RL: accuracy", "rl", {"reward": "sampled answers (reward)"} | accuracies),
@@ -542,16 +536,22 @@ def draw_curves(out, summary, rl_steps):
     figure, axes = plt.subplots(2, 2, figsize=(11, 6.5), layout="constrained")
     for axis, (title, stage, lines) in zip(axes.flat, panels, strict=True):
         for key, name in lines.items():
-            chosen = [r for r in records if r["stage"] == stage and r.get(key) is not None]
-            steps = [record["step"] for record in chosen]
-            values = [record[key] for record in chosen]
-            marker = "o" if "/" in key else None
-            axis.plot(steps, values, label=name, marker=marker, linewidth=1.3)
+            records = tests if key in accuracies else steps
+            chosen = [r for r in records if r["stage"] == stage and r[key] is not None]
+            x = [record["step"] for record in chosen]
+            y = [record[key] for record in chosen]
+            marker = "o" if key in accuracies else None
+            axis.plot(x, y, label=name, marker=marker, linewidth=1.3)
         axis.set(title=title, xlabel="step", yscale="log" if stage == "sft" else "linear")
         axis.grid(alpha=0.3)
         axis.legend()
     figure.savefig(out / "curves.png", dpi=110)
     plt.close(figure)
+
+
+def read_log(path):
+    """The records of a log."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def main():
@@ -562,14 +562,14 @@ def main():
     ranks = parallel.Ranks(config.timeout)
     bf16 = ranks.device.type == "cuda"  # computes and samples; master weights are float32
     settings = asdict(config)
-    settings["inputs"] = ranks.on_rank_0(grm.hash_files, [config.task, config.model])
+    settings["inputs"] = ranks.on_rank_0(parallel.hash_inputs, [config.task, config.model])
     progress = parallel.Progress(
         out,
         settings,
         ranks,
         stage="sft",
         free=FREE,
-        logs=("metrics", "timing", "samples"),
+        logs=("metrics", "tests", "timing", "samples"),
         save_every=config.save_every,
         keep=config.keep,
         max_bad_steps=config.max_bad_steps,
@@ -579,6 +579,7 @@ def main():
     context = skeleton.config.max_position_embeddings
     renderer = grm.Renderer(task, tokenizer, context, config.max_new_tokens)
     data = load_data(config, task, renderer)
+    parallel.announce(ranks, bf16, skeleton, data, out)
 
     make = partial(make_policy, config.model, config)
     policy = parallel.shard(make, ranks, bf16)
@@ -594,7 +595,7 @@ def main():
         if "sft" in data and config.sft_steps:
             name = "sft"
             sft(policy, sampling_model, optimizer, data, config, ranks, progress)
-            ranks.on_rank_0(export, sampling_model, renderer, out / "sft")
+            ranks.on_rank_0(export, sampling_model, renderer, out / "sft", config.max_new_tokens)
         else:
             parallel.print0("no SFT: reinforcing the model as it is")
         scores = evaluate(sampling_model, renderer, data, config, ranks, progress)
@@ -604,10 +605,11 @@ def main():
         rl(policy, sampling_model, optimizer, renderer, data, config, ranks, progress)
         scores = evaluate(sampling_model, renderer, data, config, ranks, progress)
         progress.summary["rl"] = scores
-    ranks.on_rank_0(export, sampling_model, renderer, out / "model")
+    ranks.on_rank_0(export, sampling_model, renderer, out / "model", config.max_new_tokens)
 
     if ranks.rank == 0:
-        draw_curves(out, progress.summary, config.rl_steps)
+        progress.save_summary()
+        draw_curves(out)
         progress.finish()
         grm.print_table(progress.summary)
         print(f"\n{out}/model: the model; curves.png: the picture; samples.jsonl: credited answers")

@@ -1,4 +1,4 @@
-"""train.py with faults, for the tests: `FAULTS='[...]' torchrun --max-restarts N tests/faulty.py ...`
+"""A program of this project with faults, for the tests: `FAULTS='[...]' torchrun --max-restarts N tests/faulty.py train ...`
 
 FAULTS is a JSON list; each start of the job takes the next one (by torchrun's restart count), and none when they are used up.
 
@@ -6,7 +6,7 @@ FAULTS is a JSON list; each start of the job takes the next one (by torchrun's r
         SIGKILL 0.02 seconds into rank 1's third sampling; "in" is one of PLACES
     do: kill, term, stop (a rank that hangs), raise, nan (in the gradient, at this call and, with "times", the following)
 
-Each restart appends to OUT.resumed how many finished lines of metrics.jsonl it does again.
+Each finished call of what takes a program long (UNITS) appends its name to OUT.units.
 """
 
 import json
@@ -20,20 +20,32 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import distill
 import grm
 import parallel
 import rollout
 import train
 
 torch.set_num_threads(1)
+PROGRAMS = {"train": train.main, "distill": distill.main, "score": grm.main}
 PLACES = {
     "sample": (rollout, "sample"),
     "forward": (rollout.Policy, "forward"),  # the backward pass and the update follow
     "update": (parallel.Progress, "optimizer_step"),
     "save": (parallel, "save_tensors"),
     "complete": (parallel.Checkpoints, "_complete"),
+    "evaluate": (grm, "judge"),
     "export": (train, "export"),
+    "teacher": (distill.Teacher, "grade"),
+    "shard": (distill.Cache, "save"),
+    "student": (distill.LabelStudent, "forward"),
+    "compare": (distill.LabelStudent, "predict"),
+    "student export": (distill.LabelStudent, "write"),
+    "judge": (grm, "judge"),
+    "put": (parallel, "put_in_place"),
+    "summary": (parallel.Progress, "finish"),
 }
+UNITS = ("update", "teacher", "judge")
 SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "stop": signal.SIGSTOP}
 
 
@@ -59,24 +71,27 @@ def inject(fault):
     setattr(owner, name, faulty)
 
 
-def count_lost():
-    """Let each restart note how many lines of metrics.jsonl it forgets."""
-    original = parallel.Progress._truncate_logs
+def count(unit, path):
+    """Let each call note that it is done."""
+    owner, name = PLACES[unit]
+    original = getattr(owner, name)
 
-    def truncate_logs(self, sizes):
-        log = self.out / "metrics.jsonl"
-        before = log.read_bytes() if log.exists() else None
-        original(self, sizes)
-        if before is not None:
-            with open(f"{self.out}.resumed", "a") as file:
-                file.write(f"{len(before.splitlines()) - len(log.read_bytes().splitlines())}\n")
+    def counted(*args, **kwargs):
+        result = original(*args, **kwargs)
+        with open(path, "a") as file:
+            file.write(f"{unit}\n")
+        return result
 
-    parallel.Progress._truncate_logs = truncate_logs
+    setattr(owner, name, counted)
 
 
 if __name__ == "__main__":
+    program = PROGRAMS[sys.argv.pop(1)]
     faults, attempt = json.loads(os.environ.get("FAULTS", "[]")), int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    out = next(flag for flag in sys.argv if flag.startswith("--out=")).removeprefix("--out=")
+    if os.environ.get("RANK", "0") == "0":
+        for unit in UNITS:
+            count(unit, f"{out}.units")
     if attempt < len(faults) and faults[attempt].get("rank", 0) == int(os.environ.get("RANK", 0)):
         inject(faults[attempt])
-    count_lost()
-    parallel.launch(train.main, errors=(grm.TaskError,))
+    parallel.launch(program, errors=(grm.TaskError,))

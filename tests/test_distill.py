@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import os
 import runpy
 import shutil
 import sys
@@ -371,6 +372,12 @@ def make_student(task, *flags):
     return student, teacher, pairs
 
 
+def teach(teacher, pairs, teacher_hash="hash"):
+    ranks = parallel.Ranks()
+    progress = parallel.Progress(Path(teacher.config.cache).parent / "new", {}, ranks, stage="student")
+    return distill.teach(teacher, pairs, teacher_hash, ranks, progress)
+
+
 def reason_first(task):
     """The same task with the reasoning first, and demonstrations as what a trained teacher would write."""
     for name in ("criteria.md", "sft.jsonl", "train.jsonl", "test_random.jsonl", "test_longtail.jsonl"):
@@ -406,7 +413,7 @@ def test_teacher_distributions_equal_the_naive_ones(task, monkeypatch, form, los
     sampled = (form, loss) != ("answer-first", "label")
     broken = [(2, 0), (5, 0), (5, 1)] if sampled else []
     teacher, pairs, answers, calls = scripted_teacher(task, monkeypatch, f"--loss={loss}", broken=broken)
-    taught = distill.teach(teacher, pairs, "hash", parallel.Ranks())
+    taught = teach(teacher, pairs)
     assert taught == [pair for i, pair in enumerate(pairs) if i != 5 or not sampled] and len(calls) == sampled
     plain, renderer = grm.load_model(task.parent / "teacher")[0], teacher.renderer
     for pair, group in zip(pairs, answers, strict=True):
@@ -425,21 +432,26 @@ def test_cache_is_reused_resumed_and_refused_when_stale(task, monkeypatch):
     monkeypatch.setattr(distill.Cache, "SHARD", 8)
     reason_first(task)
     teacher, pairs, _, calls = scripted_teacher(task, monkeypatch)
-    teach = lambda pairs, teacher_hash="hash": distill.teach(teacher, pairs, teacher_hash, parallel.Ranks())
-    first = [dict(pair) for pair in teach(pairs)]
+    first = [dict(pair) for pair in teach(teacher, pairs)]
     assert calls == [8, 8, 4]
     folder = Path(teacher.config.cache)
-    (folder / "labels-00001.safetensors").unlink()  # as if stopped there
-    (folder / "labels-00001.safetensors.tmp").write_bytes(b"half a file")
-    assert teach(pairs) == first and calls == [8, 8, 4, 8]
+    os.rename(folder / "labels-00001", folder / "labels-00001.unfinished")  # as if stopped there
+    assert teach(teacher, pairs) == first and calls == [8, 8, 4, 8]
+    for name in ("index.json", "labels-00002/labels.safetensors", "labels-00002/checksums.json"):
+        whole = (folder / name).read_bytes()
+        for damaged in (whole[:-9], whole[:-3] + b"x" + whole[-2:]):
+            (folder / name).write_bytes(damaged)
+            with pytest.raises(parallel.RunError, match=rf"{folder}.*(damaged|not as written); .*delete it"):
+                teach(teacher, pairs)
+        (folder / name).write_bytes(whole)
     for changed in (([{**pairs[0], "document": "another"}, *pairs[1:]],), (pairs, "another")):
         with pytest.raises(grm.TaskError, match=r"stale.*delete"):
-            teach(*changed)
+            teach(teacher, *changed)
     labels = teacher.renderer.task.labels[::-1]
     for owner, name, value in ((teacher.config, "sampling_temperature", 0.5), (teacher.renderer.task, "labels", labels)):
         with monkeypatch.context() as patched, pytest.raises(grm.TaskError, match="stale"):
             patched.setattr(owner, name, value)
-            teach(pairs)
+            teach(teacher, pairs)
 
 
 def test_teacher_that_does_not_follow_the_format_stops_the_run(task, monkeypatch):
@@ -481,7 +493,7 @@ def test_loss_of_a_reasoning_student_is_that_of_its_tokens(task):
     """Teacher and student swapped, positions off by one, settings that are not passed on, or a mean over the tokens of a
     micro-batch instead of all ranks'."""
     student, _, pairs = make_student(task, "--loss=js", "--beta=0.3", "--temperature=2", f"--student={task / 'model'}")
-    models, hidden = [grm.load_model(folder)[0] for folder in (task / "model", task.parent / "teacher")], ([], [])
+    models, hidden = [grm.load_model(folder, seed=0)[0] for folder in (task / "model", task.parent / "teacher")], ([], [])
     for pair in pairs:
         prompt = student.renderer.prompt(pair["query"], pair["document"])
         for answer in pair["reasonings"]:
@@ -552,7 +564,7 @@ def test_token_losses_train_a_copy_towards_the_teacher(task, monkeypatch, loss):
     """A student with the teacher's own weights has loss 0; a fresh one comes closer, on the teacher's reasonings."""
     reason_first(task)
     teacher, pairs, *_ = scripted_teacher(task, monkeypatch)
-    taught = distill.teach(teacher, pairs, "hash", parallel.Ranks())
+    taught = teach(teacher, pairs)
     _, losses = train(teacher, taught, f"--loss={loss}", "--steps=8", "--lr=3e-3", "--seed=3")
     assert losses[-1] < 0.9 * losses[0]
     twin, _, pairs = make_student(task, f"--loss={loss}", f"--student={task.parent / 'teacher'}")
@@ -573,7 +585,7 @@ def test_on_policy_uses_the_students_own_samples(task, monkeypatch):
     student, losses = train(teacher, pairs, "--loss=reverse", "--on_policy", "--steps=2")
     assert [step for _, step, _ in seen] == [0, 1] and all(model is student.model for model, *_ in seen)
     batch = zip(parallel.epoch_batch(pairs, 4, 0, 0), seen[0][2], strict=True)
-    answered = [pair | {"answers": answers} for pair, answers in batch]
+    answered = [pair | {"reasonings": answers} for pair, answers in batch]
     assert losses[0] == pytest.approx(fresh(answered, fresh.weight(answered)).item(), rel=1e-5)
 
 
@@ -588,9 +600,9 @@ def test_same_seed_same_bytes_and_gold_alone(task, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["classifier with dropout", "causal"])
-def test_a_stopped_run_goes_on_to_the_same_bytes(task, monkeypatch, kind):
-    """Stopped after step 3 of 6, then killed in the comparison, by then two steps past its newest checkpoint, and each time
-    started again: metrics and weights are those of a run that was left alone."""
+def test_a_stopped_run_goes_on_to_the_same_bytes(task, monkeypatch, capsys, kind):
+    """Stopped after step 3 of 6, then killed in the comparison, and each time started again: metrics and weights are those
+    of a run that was left alone."""
     flags = ["--steps=6", "--save_every=4", f"--cache={task.parent / 'cache'}"]
     flags += [f"--student={task / 'model'}"] if kind == "causal" else []
     path = task / "student" / "config.json"
@@ -599,27 +611,28 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(task, monkeypatch, kind):
     is_calm = lambda: all((out / name).read_bytes() == (calm / name).read_bytes() for name in files)
     run(monkeypatch, task, *flags, out="calm")
 
-    def interrupted(owner, name, instead, error):
-        """A run in which the third call of a function does something else."""
+    def interrupted(owner, name, number, instead, error):
+        """A run in which the call of a function, by its number, does something else."""
         calls, original = itertools.count(1), getattr(owner, name)
         with monkeypatch.context() as patched, pytest.raises(error):
-            patched.setattr(owner, name, lambda *args: instead() if next(calls) == 3 else original(*args))
+            patched.setattr(owner, name, lambda *args: instead() if next(calls) == number else original(*args))
             run(patched, task, *flags)
         assert not (out / "summary.json").exists()
         return [path.name for path in (out / "checkpoints").iterdir()]
 
-    assert interrupted(parallel.Ranks, "stopping", lambda: True, FileNotFoundError) == ["000003"]
+    # The teacher's stage asks twice, then each step.
+    assert interrupted(parallel.Ranks, "stopping", 5, lambda: True, FileNotFoundError) == ["000003"]
     with pytest.raises(SystemExit, match="another run"):
         run(monkeypatch, task, *flags, "--lr=1")
     with open(out / "metrics.jsonl", "a") as file:
         file.write('{"step": 4}\n')  # done after the checkpoint, lost with a crash: done again
     # In the student's first test set: the teacher has two. No handler may see it, as none sees SIGKILL.
-    assert interrupted(grm, "metrics", lambda: 1 / 0, ZeroDivisionError) == ["000004"] and is_calm()
+    assert interrupted(grm, "metrics", 3, lambda: 1 / 0, ZeroDivisionError) == ["000006"] and is_calm()
     (out / "model" / "model.safetensors").write_bytes(b"half a file")
     run(monkeypatch, task, *flags)
     assert is_calm() and not (out / "checkpoints").exists()
-    with pytest.raises(SystemExit, match="finished"):
-        run(monkeypatch, task, *flags)
+    run(monkeypatch, task, *flags)
+    assert "finished; to repeat it" in capsys.readouterr().out
 
 
 def test_calibration_error():

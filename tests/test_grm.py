@@ -24,6 +24,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 import grm
+import parallel
 import rollout
 from grm import Renderer, Task, TaskError, judge, load_model, metrics
 
@@ -87,7 +88,7 @@ def unigram():
 @functools.cache
 def notes():
     """Model (fresh, seed 0) and tokenizer of the embedded task."""
-    return load_model(NOTES / "model", "cpu")
+    return load_model(NOTES / "model", "cpu", seed=0)
 
 
 words = lambda: notes()[1]  # word-level
@@ -136,8 +137,9 @@ def test_load_reads_the_front_matter(tmp_path):
         ({"labels": None}, "labels needs two or more"),
         ({"labels": "[1]", "relevant": "[1]"}, "labels needs two or more"),
         ({"labels": "high"}, "labels must be a list"),
-        ({"labels": "[yes, no]", "relevant": "[]"}, "labels must be a list of strings or integers; quote"),
-        ({"labels": "[0.5, 1]"}, "labels must be a list"),
+        ({"labels": "[0, [1]]"}, "labels must be a list"),
+        ({"labels": "[" * 3000 + "]" * 3000}, "nested too deeply"),
+        ({"labels": r'["\ud83d", a]'}, "half a character"),
         ({"labels": '["0", "1", "1"]'}, "labels must not repeat"),
         ({"labels": '["0", "1", 1]'}, "labels must not repeat"),
         ({"labels": '["0", "1", " 1"]'}, "labels must not repeat"),
@@ -155,7 +157,7 @@ def test_load_reads_the_front_matter(tmp_path):
     ],
 )
 def test_load_refuses(tmp_path, changes, message):
-    """A front matter that loads with another meaning: YAML's yes is True, 1 and "1" are one label, a misspelt field."""
+    """A front matter that loads with another meaning: 1 and "1" are one label, a misspelt field."""
     with pytest.raises(TaskError, match=message) as caught:
         Task.load(write_task(tmp_path, **changes))
     assert str(caught.value).startswith(str(tmp_path / "criteria.md"))
@@ -194,8 +196,8 @@ def test_read_returns_records_with_their_place(tmp_path):
     strange = {"query": "a\u2028b\u0085c", "document": "\x0b咖啡 😀", "label": 1, "step_labels": [0, "1"], "query_id": 7}
     lines = [json.dumps(strange, ensure_ascii=False).encode(), b"", b"  ", json.dumps(GOOD).encode() + b"\r"]
     first, second = read_lines(tmp_path, *lines)
-    assert first == {**strange, "label": "1", "step_labels": ["0", "1"], "where": f"{tmp_path / 'x.jsonl'}:1"}
-    assert second == {**GOOD, "where": f"{tmp_path / 'x.jsonl'}:4"}
+    assert first == {**strange, "label": "1", "step_labels": ["0", "1"]} and first.where == f"{tmp_path / 'x.jsonl'}:1"
+    assert second == GOOD and second.where == f"{tmp_path / 'x.jsonl'}:4"
 
 
 @pytest.mark.parametrize(
@@ -208,8 +210,11 @@ def test_read_returns_records_with_their_place(tmp_path):
         (b'{"query": "\xff", "document": "d", "label": "1"}', "utf-8"),
         (b'{"query": "\\ud800", "document": "d", "label": "1"}', "surrogates"),
         (b'{"query": "q", "document": "\\udfff x", "label": "1"}', "surrogates"),
-        (b"[" * 100_000, "recursion"),
-        (b'{"query": ' * 100_000, "recursion"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b'{"query": ' * 100_000, "nested too deeply"),
+        (b'{"query": "q", "document": "d", "label": "1", "document": "e"}', "'document' is given twice"),
+        (b'{"query": "q", "document": "d", "label": "1", "price": NaN}', "NaN: is no number"),
+        (b'{"query": "q", "document": "d", "label": "1", "price": 1e999}', "1e999: is no number"),
         (b"1" * 5000, "digits"),
         ({**GOOD, "document": ""}, "'document' is missing, empty or not a string"),
         ({**GOOD, "document": " \n"}, "'document' is missing, empty or not a string"),
@@ -248,7 +253,7 @@ def test_read_names_all_bad_lines_at_once(tmp_path):
 
 def test_read_requires_fields_and_pairs(tmp_path):
     """A demonstration without its response, a file without pairs that trains on nothing, step_labels without label's box."""
-    assert read_lines(tmp_path, {**GOOD, "label": None}, required=())[0].keys() == {"query", "document", "where"}
+    assert read_lines(tmp_path, {**GOOD, "label": None}, required=())[0].keys() == {"query", "document"}
     for message, line, how in (
         ("'response' is missing", GOOD, {"required": ("response",)}),
         ("unknown label 9", {**GOOD, "label": 9}, {"required": ()}),
@@ -407,7 +412,7 @@ def test_chat_templates_that_cannot_be_used(tmp_path):
     """No template (a base model's folder) and one made up by a library, or one that drops the criteria without a word."""
     folder = copy_model(tmp_path)
     (folder / "chat_template.jinja").unlink()
-    _, tokenizer = load_model(folder, "cpu")
+    _, tokenizer = load_model(folder, "meta")
     with pytest.raises(TaskError, match="no chat template"):
         Renderer(make_task(), tokenizer)
     silent = "{% for m in messages %}{% if m.role != 'system' %}<|im_start|>{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
@@ -472,8 +477,10 @@ def test_criteria_and_query_that_do_not_fit_name_the_record():
     free = make_renderer("words")
     renderer = Renderer(make_task(), words(), len(free.prompt("winter", "winter")) + len(free.opening))
     renderer.prompt("winter", "winter " * 90)
+    record = grm.Record({"query": "winter tokyo", "document": "winter"})
+    record.where = "x.jsonl:7"
     with pytest.raises(TaskError, match=r"x\.jsonl:7: the criteria and the query alone fill"):
-        renderer.prompts([{"query": "winter tokyo", "document": "winter", "where": "x.jsonl:7"}])
+        renderer.prompts([record])
     with pytest.raises(TaskError, match="--max_new_tokens 50: leaves no room for a prompt"):
         Renderer(make_task(), words(), 50 + len(free.opening), 50)
 
@@ -738,7 +745,7 @@ def test_load_model_refuses(tmp_path, damage, message):
     """A traceback from inside the libraries, unpickled weights, or fresh weights where trained ones were meant."""
     damage(copy_model(tmp_path))
     with pytest.raises(TaskError, match=message) as caught:
-        load_model(str(tmp_path / "model"), "cpu")
+        load_model(str(tmp_path / "model"), "cpu", seed=0)
     assert str(tmp_path / "model") in str(caught.value)
 
 
@@ -866,20 +873,34 @@ def test_answer_first_pays_for_no_generation(name):
 
 
 def run(monkeypatch, *arguments):
-    """grm.main() with these arguments; returns what it exits with (None: well)."""
+    """grm.py with these arguments; returns what it exits with (None: well)."""
     monkeypatch.setattr(sys, "argv", ["grm.py", *map(str, arguments)])
     try:
-        return grm.main()
+        return parallel.launch(grm.main, errors=(TaskError, rollout.UnsupportedModelError))
     except SystemExit as stop:
         return stop.code
 
 
-def score_arguments(folder, *more):
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The embedded model's folder with weights, and with the task's criteria as train.py leaves them beside these."""
+    folder = copy_model(tmp_path_factory.mktemp("trained"))
+    notes()[0].save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def score_arguments(tmp_path, trained):
+    """A function: the arguments of `score` for seven pairs, with others added."""
+    return functools.partial(make_arguments, tmp_path, trained)
+
+
+def make_arguments(folder, model, *more):
     _, files, _ = notes_files()
-    pairs = [{k: v for k, v in r.items() if k != "where"} | {"id": i} for i, r in enumerate(files["test_longtail"][:7])]
+    pairs = [{**r, "id": i, "where": "the user's own"} for i, r in enumerate(files["test_longtail"][:7])]
     (folder / "in.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     settings = ["--max_new_tokens", 3, "--batch_size", 2, *more]
-    return ["score", "--model", NOTES / "model", "--task", NOTES, "--pairs", folder / "in.jsonl", *settings, "--out"]
+    return ["score", "--model", model, "--task", NOTES, "--pairs", folder / "in.jsonl", *settings, "--out"]
 
 
 def stop_after(monkeypatch, batches):
@@ -894,17 +915,17 @@ def stop_after(monkeypatch, batches):
     monkeypatch.setattr(grm, "judge", judge)
 
 
-def test_score_resumes_as_if_never_stopped(tmp_path, monkeypatch, capsys):
+def test_score_resumes_as_if_never_stopped(score_arguments, tmp_path, monkeypatch, capsys):
     """Lines lost, doubled or glued to half a line after a stop, or numbers that tell: another batch is rounded otherwise."""
-    arguments = score_arguments(tmp_path)
+    arguments = score_arguments()
     assert run(monkeypatch, *arguments, tmp_path / "whole.jsonl") is None
     assert "7 pairs, 7 malformed" in capsys.readouterr().out
     whole = (tmp_path / "whole.jsonl").read_bytes()
     files = (tmp_path / "in.jsonl").read_bytes(), whole
     for given_pair, result in zip(*[map(json.loads, file.splitlines()) for file in files], strict=True):
         assert result["gold"] == given_pair["label"] and result["label"] is None and result["well_formed"] is False
-        assert all(result[name] == given_pair[name] for name in ("id", "query", "document", "step_labels"))
-        assert sum(result["probs"].values()) == pytest.approx(1.0) and "where" not in result and "answer" not in result
+        assert all(result[name] == given_pair[name] for name in ("id", "query", "document", "step_labels", "where"))
+        assert sum(result["probs"].values()) == pytest.approx(1.0) and "answer" not in result
     with monkeypatch.context() as patch:
         stop_after(patch, 2)
         assert "stopped" in run(monkeypatch, *arguments, tmp_path / "out.jsonl")
@@ -919,29 +940,29 @@ def test_score_resumes_as_if_never_stopped(tmp_path, monkeypatch, capsys):
         assert out.read_bytes() == whole, name
 
 
-def test_score_refuses_to_mix_or_overwrite(tmp_path, monkeypatch, capsys):
+def test_score_refuses_to_mix_or_overwrite(score_arguments, trained, tmp_path, monkeypatch, capsys):
     """Results of two models in one file, or an earlier result gone."""
     out = tmp_path / "out.jsonl"
     with monkeypatch.context() as patch:
         stop_after(patch, 1)
-        run(monkeypatch, *score_arguments(tmp_path), out)
+        run(monkeypatch, *score_arguments(), out)
     before = Path(f"{out}.partial").read_bytes()
-    assert "other settings" in run(monkeypatch, *score_arguments(tmp_path, "--explain"), out)
-    edit_json(copy_model(tmp_path) / "config.json", rms_norm_eps=1e-5)
-    assert "model or pairs" in run(monkeypatch, *score_arguments(tmp_path, "--model", tmp_path / "model"), out)
-    arguments = score_arguments(tmp_path)
+    assert "other settings" in run(monkeypatch, *score_arguments("--explain"), out)
+    edit_json(Path(shutil.copytree(trained, tmp_path / "model")) / "config.json", rms_norm_eps=1e-5)
+    assert "model or pairs" in run(monkeypatch, *score_arguments("--model", tmp_path / "model"), out)
+    arguments = score_arguments()
     (tmp_path / "in.jsonl").write_text(json.dumps(GOOD))
     assert "model or pairs" in run(monkeypatch, *arguments, out)
     assert Path(f"{out}.partial").read_bytes() == before and not out.exists()
     out.write_text("mine")
-    assert "exists; delete it or choose another name" in run(monkeypatch, *score_arguments(tmp_path), out)
+    assert "exists; delete it or choose another name" in run(monkeypatch, *score_arguments(), out)
     assert out.read_text() == "mine"
-    assert "folder does not exist" in run(monkeypatch, *score_arguments(tmp_path), tmp_path / "no" / "out.jsonl")
+    assert "folder does not exist" in run(monkeypatch, *score_arguments(), tmp_path / "no" / "out.jsonl")
 
 
-def test_score_names_bad_pairs_before_any_work(tmp_path, monkeypatch, capsys):
+def test_score_names_bad_pairs_before_any_work(score_arguments, tmp_path, monkeypatch, capsys):
     """Hours of scoring that end at a bad line."""
-    arguments = score_arguments(tmp_path)
+    arguments = score_arguments()
     monkeypatch.setattr(grm, "judge", None)
     good, too_long = (tmp_path / "in.jsonl").read_text(), json.dumps({"query": "winter " * 500, "document": "d"})
     for bad, message in (("{", "in.jsonl:8: not JSON"), (too_long, "in.jsonl:8: the criteria and the query alone")):
@@ -950,10 +971,10 @@ def test_score_names_bad_pairs_before_any_work(tmp_path, monkeypatch, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
 
 
-def test_score_explains(tmp_path, monkeypatch, capsys):
+def test_score_explains(score_arguments, tmp_path, monkeypatch, capsys):
     """The reasoning asked for and not written, a metric printed for pairs without labels, or a lone surrogate in a field that
     is only passed through: it cannot be written as UTF-8, which ends the run midway."""
-    arguments = score_arguments(tmp_path, "--explain")
+    arguments = score_arguments("--explain")
     pair = '{"query": "winter 咖啡", "document": "kids \\u2028 in tokyo", "label": null, "note": "\\ud800"}\n'
     (tmp_path / "in.jsonl").write_text(pair)
     assert run(monkeypatch, *arguments, tmp_path / "out.jsonl") is None
@@ -963,9 +984,9 @@ def test_score_explains(tmp_path, monkeypatch, capsys):
     assert result["problem"] == "not ended" and result["answer"] and result["steps"] == []
 
 
-def test_scoring_a_graded_file_keeps_its_gold(tmp_path, monkeypatch, capsys):
+def test_scoring_a_graded_file_keeps_its_gold(score_arguments, tmp_path, monkeypatch, capsys):
     """The model's own label would become the gold one, and everything right; a gold that is no label gives no metrics."""
-    arguments = score_arguments(tmp_path)
+    arguments = score_arguments()
     for line, expected in (('"label": "3", "gold": "1"', "1"), ('"label": "3"', "3"), ('"gold": 7', 7)):
         (tmp_path / "in.jsonl").write_text(f'{{"query": "winter", "document": "kids", {line}}}\n')
         out = tmp_path / f"{expected}.jsonl"
@@ -975,20 +996,20 @@ def test_scoring_a_graded_file_keeps_its_gold(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("flag", ["--batch_size 0", "--batch_size -1", "--max_new_tokens 0"])
-def test_score_refuses_a_batch_of_nothing(tmp_path, monkeypatch, capsys, flag):
+def test_score_refuses_a_batch_of_nothing(score_arguments, tmp_path, monkeypatch, flag):
     """An empty result that looks complete, or a traceback out of range()."""
-    assert f"{flag}: must be" in run(monkeypatch, *score_arguments(tmp_path, *flag.split()), tmp_path / "out.jsonl")
+    assert f"{flag}: must be" in run(monkeypatch, *score_arguments(*flag.split()), tmp_path / "out.jsonl")
     assert not (tmp_path / "out.jsonl").exists()
 
 
-def test_a_model_knows_what_it_was_trained_for(tmp_path, monkeypatch, capsys):
+def test_a_model_knows_what_it_was_trained_for(score_arguments, trained, tmp_path, monkeypatch, capsys):
     """Its folder's criteria serve where --task is not given; a task of another format is refused, other criteria are not."""
-    copy_model(tmp_path)
+    shutil.copytree(trained, tmp_path / "model")
     task = Task.load(NOTES)
     task.save(tmp_path / "model")
     assert replace(Task.load(tmp_path / "model"), folder=task.folder) == task
     replace(task, criteria="Anything with \\boxed{grade}.").save(tmp_path)
-    arguments = [a for a in score_arguments(tmp_path) if a not in ("--model", "--task", NOTES / "model", NOTES)]
+    arguments = [a for a in score_arguments() if a not in ("--model", "--task", trained, NOTES)]
     arguments[1:1] = ["--model", tmp_path / "model"]
     assert run(monkeypatch, *arguments, tmp_path / "a.jsonl") is None
     assert run(monkeypatch, *arguments[:-1], "--task", tmp_path, "--out", tmp_path / "b.jsonl") is None
@@ -997,43 +1018,48 @@ def test_a_model_knows_what_it_was_trained_for(tmp_path, monkeypatch, capsys):
     assert "was trained for format reason-first" in outcome and not (tmp_path / "c.jsonl").exists()
 
 
-def test_judge_refuses_what_it_cannot_use(tmp_path, monkeypatch, capsys):
+def test_judge_refuses_what_it_cannot_use(trained, tmp_path, monkeypatch, capsys):
     """A traceback where one line says what is wrong."""
-    folders = ["--model", NOTES / "model", "--task", NOTES, "--max_new_tokens", 2]
+    folders = ["--model", trained, "--task", NOTES, "--max_new_tokens", 2]
     assert "'query' is missing, empty" in str(run(monkeypatch, "judge", *folders, " ", "kids"))
     assert run(monkeypatch, "judge", "--model", NOTES, "--task", NOTES, "q", "d").startswith(f"{NOTES}: no config.json")
-    edit_json(copy_model(tmp_path) / "config.json", layer_types=["sliding_attention"] * 3)
+    assert "holds no weights" in run(monkeypatch, "judge", *folders, "--model", NOTES / "model", "q", "d")
+    edit_json(Path(shutil.copytree(trained, tmp_path / "model")) / "config.json", layer_types=["sliding_attention"] * 3)
     assert "sliding-window" in run(monkeypatch, "judge", *folders, "--model", tmp_path / "model", "q", "d")
 
 
-ALONE = f"""
+ALONE = """
 import importlib, runpy, shutil, sys, grm
-_, tokenizer = grm.load_model({str(NOTES / "model")!r}, "cpu")
-renderer = grm.Renderer(grm.Task.load({str(NOTES)!r}), tokenizer)
-assert renderer.prompt(**{GOLDEN_PAIR}) == {GOLDEN_IDS}
-assert renderer.parse(renderer.response({answer("3", "2", "1")!r})).label == "1"
-sys.argv = ["grm.py", "judge", "--model", {str(NOTES / "model")!r}, "--task", {str(NOTES)!r}, "--max_new_tokens=2", "q", "d"]
+_, tokenizer = grm.load_model({model!r}, "meta")
+renderer = grm.Renderer(grm.Task.load({notes!r}), tokenizer)
+assert renderer.prompt(**{pair}) == {ids}
+assert renderer.parse(renderer.response({answer!r})).label == "1"
+sys.argv = ["grm.py", "judge", "--model", {model!r}, "--task", {notes!r}, "--max_new_tokens=2", "q", "d"]
 try:
     runpy.run_path("grm.py", run_name="__main__")
 except SystemExit as stop:
     print(stop)
-shutil.copy({str(ROOT / "rollout.py")!r}, ".")
+for name in ("rollout.py", "parallel.py"):
+    shutil.copy(f"{root}/{{name}}", ".")
 importlib.invalidate_caches()
 runpy.run_path("grm.py", run_name="__main__")
 """
 
 
-def test_copied_alone(tmp_path):
+def test_copied_alone(tmp_path, trained):
     """A project file imported where this one is copied to, or a traceback where scoring, and only that, needs rollout.py."""
     shutil.copy(ROOT / "grm.py", tmp_path)
     clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", ALONE], cwd=tmp_path, capture_output=True, text=True, env=clean)
+    names = {"model": str(trained), "notes": str(NOTES), "root": str(ROOT), "pair": GOLDEN_PAIR, "ids": GOLDEN_IDS}
+    script = ALONE.format(**names, answer=answer("3", "2", "1"))
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, env=clean)
     assert done.returncode == 0, done.stderr
     refusal, malformed, *shown = done.stdout.splitlines()
-    assert refusal == "scoring needs rollout.py beside grm.py: No module named 'rollout'"
+    assert refusal == "scoring needs rollout.py and parallel.py beside grm.py: No module named 'parallel'"
     assert malformed.startswith("malformed answer (not ended)")
     assert [line.split("|")[0].strip() for line in shown] == [*GRADES, "expected"]
     tree = ast.parse((tmp_path / "grm.py").read_text())
     froms = {n.module.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
     plain = {a.name.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
-    assert (froms | plain) - sys.stdlib_module_names == {"torch", "transformers", "numpy", "yaml", "tqdm", "jinja2", "rollout"}
+    needed = {"torch", "transformers", "numpy", "yaml", "jinja2", "rollout", "parallel"}
+    assert (froms | plain) - sys.stdlib_module_names == needed

@@ -83,7 +83,7 @@ class Parts:
 
     def train(self, stage, sampling_model):
         """A stage of train.py; returns what it logs of its last step."""
-        logs = ("metrics", "timing", "samples")
+        logs = ("metrics", "tests", "timing", "samples")
         progress = parallel.Progress(f"{self.config.out}-{stage}", {}, self.ranks, stage=stage, logs=logs)
         progress.start(self.policy, self.optimizer)
         rest = (self.data, self.config, self.ranks, progress)
@@ -110,6 +110,10 @@ def test_torchrun_writes_everything(task, tmp_path):
     assert json.loads((out / "config.json").read_text())["group_size"] == 2
     metrics = lines(out / "metrics.jsonl")
     assert [(r["stage"], r["step"]) for r in metrics] == [(s, i) for s in ("sft", "rl") for i in range(1, 5)]
+    tests = lines(out / "tests.jsonl")
+    assert [(r["stage"], r["step"]) for r in tests] == [("sft", 4), ("rl", 2), ("rl", 4)]
+    figures = {f"{name}/{metric}" for name in ("test_random", "test_longtail") for metric in ("accuracy", "macro_f1")}
+    assert all(set(r) == {"stage", "step"} | figures for r in tests)
     watched = {"reward", "frac_zero_std", "truncated", "masked", "entropy", "mismatch", "clipped", "grad_norm", "approx_kl"}
     assert watched <= set(metrics[-1])
     assert not any(key.endswith("_s") for r in metrics for key in r), "what a clock decides belongs into timing.jsonl"
@@ -274,7 +278,7 @@ def test_byte_order_marks_and_line_ends_of_windows(task):
         grm.Task.load(task)
 
 
-def test_an_output_folder_of_another_run_is_refused(task, tmp_path, monkeypatch):
+def test_an_output_folder_of_another_run_is_refused(task, tmp_path, monkeypatch, capsys):
     """Neither overwritten nor mixed: another run, a finished run, or any other files."""
     out = tmp_path / "out"
     out.write_text("a file")
@@ -289,8 +293,8 @@ def test_an_output_folder_of_another_run_is_refused(task, tmp_path, monkeypatch)
         run(monkeypatch, task, out)
     (out / "notes.txt").unlink()
     run(monkeypatch, task, out, "--sft_steps=1", "--rl_steps=0")
-    with pytest.raises(SystemExit, match="finished"):
-        run(monkeypatch, task, out, "--sft_steps=1", "--rl_steps=0")
+    run(monkeypatch, task, out, "--sft_steps=1", "--rl_steps=0")
+    assert "finished; to repeat it" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="--seed 0"):
         run(monkeypatch, task, out, "--sft_steps=1", "--rl_steps=0", "--seed=5")
 
