@@ -594,11 +594,11 @@ class ClassifierStudent(LabelStudent):
         self.config = config
         self.task = task
         with grm.blaming(f"--student {config.student}: cannot be loaded"):
-            self.tokenizer = AutoTokenizer.from_pretrained(config.student, trust_remote_code=False)
+            # Of a pair, "[SEP]" in a document is text: here, and for who loads the saved folder.
+            self.tokenizer = AutoTokenizer.from_pretrained(
+                config.student, trust_remote_code=False, split_special_tokens=config.input == "pair"
+            )
             self.model = load_classifier(config, task, device)
-        if config.input == "pair":
-            # "[SEP]" in a document is text, here and for whoever loads the saved folder.
-            self.tokenizer.split_special_tokens = True
         names = self.model.config.label2id
         self.order = [names[label] for label in task.labels]
         context = getattr(self.model.config, "max_position_embeddings", config.max_length)

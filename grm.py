@@ -857,7 +857,11 @@ def build_model(model_class, source, config, device, dtype, seed):
     torch.manual_seed(seed or 0)
     if has_weights(source):
         settings |= {"use_safetensors": True, "output_loading_info": True}
+        settings["ignore_mismatched_sizes"] = True  # they are refused here, by name
         model, report = model_class.from_pretrained(source, config=config, **settings)
+        if report["mismatched_keys"]:
+            names = [name for name, *_ in report["mismatched_keys"]]
+            raise TaskError(f"{source}: tensors of another shape: {few(names)}")
         not_finite = [name for name, p in model.named_parameters() if not p.isfinite().all()]
         if not_finite:
             raise TaskError(f"{source}: weights that are not finite: {few(not_finite)}")
@@ -1093,6 +1097,9 @@ def scored(record, result):
 
 def judge_pair(args):
     """`grm.py judge`: one reasoned judgement, printed."""
+    import parallel
+
+    parallel.hash_inputs([args.model])  # so that a damaged folder is refused
     renderer, engine = load_judge(args.model, args.task, args.max_new_tokens)
     try:
         record = renderer.task.check({"query": args.query, "document": args.document})
@@ -1134,6 +1141,7 @@ def main():
     single.add_argument("query")
     single.add_argument("document")
     args = parser.parse_args()
+    hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
     if args.command == "score":
         score_file(args)

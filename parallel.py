@@ -205,8 +205,8 @@ def hash_inputs(paths):
             hashes = hash_folder(path)
             check_folder(path, "if that is meant, delete its checksums.json", hashes)
         elif path.exists():
-            hashes = {path.name: _sha256(path)}
-        digest.update("".join(hashes.values()).encode())
+            hashes = _sha256(path)  # whatever its name
+        digest.update(json.dumps(hashes).encode())
     return digest.hexdigest()
 
 

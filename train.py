@@ -556,6 +556,7 @@ def read_log(path):
 
 def main():
     """Check everything, then the story."""
+    hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
     config = parse_config()
     out = Path(config.out)

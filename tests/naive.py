@@ -1,7 +1,42 @@
-"""The plain way to run a model, which rollout.Engine must agree with: Hugging Face's forward on padded rows, nothing shared."""
+"""The plain ways: to run a model, Hugging Face's forward on padded rows, nothing shared; to parse an answer, from its start
+again at each closing brace. rollout.Engine and grm.Renderer.parse must agree with them."""
 
 import torch
 from transformers import GenerationConfig
+
+from grm import Step, Trace
+
+
+def parse(renderer, ids):
+    """Renderer.parse of ids below the vocabulary's size, which decodes the whole answer up to each closing brace."""
+    if not ids or ids[-1] != renderer.eos_id:
+        return Trace(problem="not ended")
+    body, boxes, steps = ids[:-1], renderer.task.boxes, []
+    if renderer.eos_id in body:
+        return Trace(problem="a token that does not belong into an answer")
+    for end in [i + 1 for i, token in enumerate(body) if token in renderer._closers]:
+        found = renderer._boxed(body[:end])
+        if len(found) > min(len(steps) + 1, len(boxes)):
+            return Trace(problem="too many boxes")
+        if len(found) > len(steps):
+            label = renderer._known.get(found[-1])
+            if label is None:
+                return Trace(problem="unknown label")
+            start = steps[-1].end if steps else 0
+            at = find_label(renderer, body, start, end, label)
+            steps.append(Step(start, end, label, at))
+    if len(steps) < len(boxes):
+        return Trace(problem="missing boxes")
+    return Trace(steps, (steps[-1] if renderer.task.format == "reason-first" else steps[0]).label)
+
+
+def find_label(renderer, ids, start, end, label):
+    """Where the label's first token stands directly behind the opening of a box; None if it is another token there."""
+    for at in range(end - 1, start, -1):
+        before = "".join(renderer.decode(ids[start:at]).split())
+        if ids[at] == renderer._labels[label][0] and before.endswith("\\boxed{"):
+            return None if "\\boxed" in renderer.decode(ids[at:end]) else at
+    return None
 
 
 class PaddedEngine:

@@ -523,6 +523,7 @@ def test_classifier_loads_in_the_usual_libraries(task, monkeypatch):
     for scores in (summary["teacher"]["test_random"], summary["student"]["test_longtail"]):
         assert expected <= set(scores)
     records = grm.Task.load(task).read(task / "test_random.jsonl")[:5]
+    records[0]["document"] += " [SEP] ramen [PAD] [CLS]"
     student, *_ = make_student(task, f"--student={folder}")
     pairs = [(r["query"], r["document"]) for r in records]
     scores = CrossEncoder(folder, device="cpu").predict(pairs, apply_softmax=True)

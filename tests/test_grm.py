@@ -4,6 +4,7 @@ import ast
 import copy
 import functools
 import json
+import math
 import os
 import runpy
 import shutil
@@ -18,7 +19,8 @@ import torch
 from conftest import NOTES, ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from naive import PaddedEngine
+from naive import PaddedEngine, parse
+from safetensors.torch import load_file, save_file
 from sklearn.metrics import accuracy_score, cohen_kappa_score, confusion_matrix, f1_score, ndcg_score, recall_score
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
@@ -127,6 +129,16 @@ def test_load_reads_the_front_matter(tmp_path):
     assert (task.labels, task.relevant) == (["-1", "0", "1"], ["1"]) and task.steps == task.boxes == ["topic", "all"]
     assert task.criteria == "Use \\boxed{grade}.\n\n---\n\nBe strict."
     assert Task.load(write_task(tmp_path, format="answer-first")).boxes == ["label", "topic", "all"]
+
+
+def test_criteria_come_back_as_they_were_written(tmp_path):
+    """An emoji as two halves, the end of a line in a name, or numbers as YAML 1.1 reads them: 1:30 is 90, 010 is 8."""
+    labels = ["😀", "1:30", "010", "yes", "~", "1_000", "0x1F", "null", "a\u2028b", "'\"\x7f\\", "é: #x, [y]", "1.50"]
+    written = make_task(labels, steps=["πρώτο 👍🏽", "- two", "word " * 40 + "."])
+    written.save(tmp_path)
+    assert replace(Task.load(tmp_path), folder=written.folder) == written
+    plain = Task.load(write_task(tmp_path, labels="[1:30, 010, yes, ~, 1_000, 0x1F, null, 1.50]", relevant="[010]"))
+    assert plain.labels == ["1:30", "010", "yes", "~", "1_000", "0x1F", "null", "1.50"] and plain.relevant == ["010"]
 
 
 @pytest.mark.parametrize(
@@ -408,18 +420,31 @@ def test_end_of_turn_is_the_template_s():
         Renderer(make_task(), tokenizer)
 
 
-def test_chat_templates_that_cannot_be_used(tmp_path):
-    """No template (a base model's folder) and one made up by a library, or one that drops the criteria without a word."""
+def test_chat_templates_that_cannot_be_used(tmp_path, monkeypatch):
+    """No template (a base model's folder) and one made up by a library, one that drops the criteria without a word, or a
+    program that fails or never ends."""
     folder = copy_model(tmp_path)
     (folder / "chat_template.jinja").unlink()
     _, tokenizer = load_model(folder, "meta")
     with pytest.raises(TaskError, match="no chat template"):
         Renderer(make_task(), tokenizer)
     silent = "{% for m in messages %}{% if m.role != 'system' %}<|im_start|>{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
-    for template in (silent, "{{ messages[0].content }}{{ messages[1].content }}{{ messages[1].content }}", "hello"):
+    monkeypatch.setattr(grm, "TEMPLATE_SECONDS", 0.5)
+    loop = "{% for i in range(99999) %}"
+    for template, message in (
+        (silent, "drops or repeats"),
+        ("{{ messages[0].content }}{{ messages[1].content }}{{ messages[1].content }}", "drops or repeats"),
+        ("hello", "drops or repeats"),
+        ("{{ 1 / 0 }}", "ZeroDivisionError"),
+        (loop + loop + "{% endfor %}{% endfor %}", "TimeoutError: does not come to an end"),
+        (loop + "a word or two {% endfor %}", "renders more than a million"),
+        ("{{ messages[0].role.missing.attribute }}", "UndefinedError"),
+        (7, "tokenizer or its chat template"),
+    ):
         tokenizer.chat_template = template
-        with pytest.raises(TaskError, match="drops or repeats"):
+        with pytest.raises(TaskError, match=message) as caught:
             Renderer(make_task(), tokenizer)
+        assert "\n" not in str(caught.value)
 
 
 def forbidden_in(renderer, ids):
@@ -575,6 +600,32 @@ def test_parse_takes_any_integers(name, data):
     if trace.problem is None:
         assert trace.steps[0].start == 0 and row[-1] == renderer.eos_id
         assert all(a.end == b.start for a, b in zip(trace.steps, trace.steps[1:], strict=False))
+
+
+@EACH
+@given(st.data())
+@QUICK
+def test_parse_equals_the_naive_one(name, data):
+    """A box that is missed or counted twice where the text is looked at piece by piece."""
+    renderer = make_renderer(name)
+    boxed = [renderer.answer(f"\\boxed{{{text}}}") for text in (*GRADES, " 3 ", "", "4")]
+    text = [renderer._encode(text) for text in ("}", "}}", "\\boxed{", "{", "\\boxed{ 3", "3}", " a ", "\\", "boxed", "咖啡}")]
+    ids = [i for part in data.draw(st.lists(st.sampled_from([*boxed, *text]), max_size=14)) for i in part]
+    ids.append(renderer.eos_id)
+    assert renderer.parse(ids) == parse(renderer, ids)
+
+
+def test_parsing_takes_linear_time(monkeypatch):
+    """Decoding from the start at each brace: seconds for an answer of 4,096 of them."""
+    renderer = make_renderer("bpe")
+    decode, decoded = renderer.decode, []
+    monkeypatch.setattr(renderer, "decode", lambda ids: decoded.append(len(ids)) or decode(ids))
+    brace, three, (space,) = renderer._encode("}"), renderer._encode("3"), renderer._encode(" ")
+    boxes = [*renderer.opening, *[space] * 2000, *three, *brace] * 2 + renderer.answer("\\boxed{2}")
+    for body in (brace * 4096, [*three * 2000, *boxes], [*renderer.opening, *three * 4096, *brace]):
+        decoded.clear()
+        renderer.parse([*body, renderer.eos_id])
+        assert sum(decoded) < 6 * len(body)
 
 
 FILLER = st.lists(st.one_of(st.text(max_size=6), st.sampled_from([*ESCAPES, " 3", "-1 ", "{", "}", "咖啡", "😀"])), max_size=4)
@@ -747,6 +798,58 @@ def test_load_model_refuses(tmp_path, damage, message):
     with pytest.raises(TaskError, match=message) as caught:
         load_model(str(tmp_path / "model"), "cpu", seed=0)
     assert str(tmp_path / "model") in str(caught.value)
+
+
+def edit_tensors(path, **changes):
+    """Other tensors in a file; None for none."""
+    tensors = {name: x for name, x in (load_file(path) | changes).items() if x is not None}
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model.norm.weight": None}, "missing or left over: model.norm.weight"),
+        ({"model.extra.weight": torch.ones(2)}, "missing or left over: model.extra.weight"),
+        ({"model.norm.weight": torch.full((128,), math.nan)}, "not finite: model.norm.weight"),
+        ({"model.norm.weight": torch.full((128,), math.inf)}, "not finite: model.norm.weight"),
+        ({"model.norm.weight": torch.ones(127)}, "of another shape: model.norm.weight"),
+        (None, "holds no weights"),
+        ("cut", "cannot be loaded"),
+    ],
+)
+def test_weights_that_are_not_all_there_are_refused(tmp_path, trained, changes, message):
+    """Grades from random numbers, or NaN ones, with exit code 0: a file lost or cut, another architecture's weights."""
+    path = Path(shutil.copytree(trained, tmp_path / "model")) / "model.safetensors"
+    assert load_file(path)["model.norm.weight"].shape == (128,)
+    if changes is None:
+        path.unlink()
+    elif changes == "cut":
+        path.write_bytes(path.read_bytes()[:-100])
+    else:
+        edit_tensors(path, **changes)
+    for seed in (None, 0) if changes else (None,):
+        with pytest.raises(TaskError, match=message) as caught:
+            load_model(tmp_path / "model", "cpu", seed=seed)
+        assert str(caught.value).startswith(f"{tmp_path / 'model'}: ") and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "tokenizer.json", "config.json"])
+def test_model_files_with_wrong_types_are_named(tmp_path, file):
+    """A number where the libraries expect text, in any field of a folder that somebody else made: one line, or no harm."""
+    folder = copy_model(tmp_path)
+    whole = (folder / file).read_text()
+    for name in json.loads(whole):
+        for value in (5, -1, "text", [[1]], {"a": {}}):
+            edit_json(folder / file, **{name: value})
+            try:
+                model, tokenizer = load_model(folder, "meta")
+                renderer = Renderer(make_task(), tokenizer, model.config.max_position_embeddings)
+                renderer.prompt("winter", "kids")
+            except TaskError as error:
+                assert str(folder) in str(error) or "leaves" in str(error), error
+                assert "\n" not in str(error)
+            (folder / file).write_text(whole)
 
 
 def edit_json(path, **changes):
