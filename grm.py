@@ -1066,8 +1066,9 @@ def grade_file(renderer, engine, records, partial, header, args):
             f"{partial}: belongs to a run with other settings, model or pairs; "
             "delete it or change --out"
         )
-    # Whole batches only: in another batch a pair's last digits may differ.
-    done = max(0, len(lines) - 1) // args.batch_size * args.batch_size
+    done = max(0, len(lines) - 1)
+    if done < len(records):
+        done -= done % args.batch_size  # in another batch a pair's last digits may differ
     for line in lines[1 : 1 + done]:
         with blaming(f"{partial}: damaged; delete it"):
             parse_json(line)

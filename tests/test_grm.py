@@ -1043,6 +1043,38 @@ def test_score_resumes_as_if_never_stopped(score_arguments, tmp_path, monkeypatc
         assert out.read_bytes() == whole, name
 
 
+def test_score_takes_up_a_run_killed_at_its_very_end(score_arguments, tmp_path, monkeypatch, capsys):
+    """OUT is there and OUT.partial too: what is done is not done again, and not refused; a damaged part is, by its name."""
+    out, partial = tmp_path / "out.jsonl", tmp_path / "out.jsonl.partial"
+    with monkeypatch.context() as patched:
+        unlink = Path.unlink
+        patched.setattr(Path, "unlink", lambda self, **how: 1 / 0 if self == partial else unlink(self, **how))
+        with pytest.raises(ZeroDivisionError):
+            run(patched, *score_arguments(), out)
+    whole, lines = out.read_bytes(), partial.read_bytes()
+    out.unlink()
+    partial.write_bytes(lines.replace(b'"grade"', b'"grade', 1))
+    assert f"{partial}: damaged; delete it" in run(monkeypatch, *score_arguments(), out)
+    partial.write_bytes(lines)
+    monkeypatch.setattr(grm, "judge", None)
+    out.write_bytes(whole)
+    assert run(monkeypatch, *score_arguments(), out) is None
+    assert out.read_bytes() == whole and sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]
+
+
+def test_answers_are_as_long_as_the_model_was_trained_to_give(score_arguments, trained, tmp_path, monkeypatch, capsys):
+    """128 tokens for a model that reasons in 500: every answer cut, none well-formed."""
+    model = shutil.copytree(trained, tmp_path / "model")
+    arguments = [a for a in score_arguments("--model", model, "--explain") if a not in ("--max_new_tokens", 3)]
+    for written, length in (('{"max_new_tokens": 5}', 5), ("{}", 128)):
+        (model / "generation_config.json").write_text(written)
+        assert run(monkeypatch, *arguments, tmp_path / f"{written}.jsonl") is None
+        results = [json.loads(line) for line in (tmp_path / f"{written}.jsonl").read_text().splitlines()]
+        assert max(len(words()(result["answer"]).input_ids) for result in results) == length
+    (model / "generation_config.json").write_text("{")
+    assert "generation_config.json: JSONDecodeError" in run(monkeypatch, *arguments, tmp_path / "x.jsonl")
+
+
 def test_score_refuses_to_mix_or_overwrite(score_arguments, trained, tmp_path, monkeypatch, capsys):
     """Results of two models in one file, or an earlier result gone."""
     out = tmp_path / "out.jsonl"

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import runpy
 import shutil
 import signal
@@ -157,6 +158,66 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_former(task, tmp_path):
     assert 'train.py", line' not in text
     assert {path: path.read_bytes() for path in (out / "checkpoints").rglob("*.*")} == before
     run(out, 1, *flags)
+
+
+LOCK = """import fcntl, sys
+file = open(sys.argv[1], "ab")
+fcntl.lockf(file, fcntl.LOCK_EX)
+print("locked", flush=True)
+sys.stdin.read()"""
+
+
+def test_two_runs_do_not_write_to_one_place(task, tmp_path):
+    """Both ended with exit code 0, and files of both: the second is refused, by one line, and changes nothing."""
+    files = [f"--task={task}", f"--teacher={task / 'trained'}", "--max_new_tokens=8"]
+    score = ["score", "score", f"--model={task / 'trained'}", f"--task={task}", f"--pairs={task / 'train.jsonl'}"]
+    out = tmp_path / "out"
+    for held, program in (
+        (out / "lock", ["train", *FLAGS, f"--task={task}"]),
+        (out / "lock", ["distill", *files, f"--cache={tmp_path / 'free'}"]),
+        (tmp_path / "cache" / "lock", ["distill", *files, f"--cache={tmp_path / 'cache'}"]),
+        (tmp_path / "out.lock", score),
+    ):
+        held.parent.mkdir(exist_ok=True)
+        with subprocess.Popen([sys.executable, "-c", LOCK, held], stdin=-1, stdout=-1) as other:
+            assert other.stdout.readline()
+            text = run(out, 1, program=program, code=1)
+        assert text.splitlines()[-1] == f"{held}: locked; another run writes here, wait for its end" and "Trace" not in text
+        assert not any(path.stat().st_size for path in out.glob("*") if path.name not in ("config.json", "metrics.jsonl"))
+        shutil.rmtree(out, ignore_errors=True)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_an_export_that_cannot_be_written(task, tmp_path, ranks):
+    """A full disk at the very end, in train.py, distill.py and score: a line, no traceback; later the same command goes on."""
+    files = [f"--task={task}", f"--teacher={task / 'trained'}", "--max_new_tokens=8", f"--student={task / 'model'}"]
+    programs = {"train": ["train", *FLAGS, f"--task={task}", "--rl_steps=0"], "distill": ["distill", *files, "--steps=2"]}
+    for name, program in programs.items():
+        out, export = tmp_path / name, {"train": "export", "distill": "student export"}[name]
+        cache = [f"--cache={tmp_path / 'cache'}"] if name == "distill" else []
+        kill_it = [{"do": "kill", "in": export, "call": 1, "rank": 0}]
+        run(out, ranks, *cache, program=program, faults=kill_it, code=-9)
+        text = run(out, ranks, *cache, program=program, file_limit=2**20, code=1)
+        assert text.count("cannot be written: SafetensorError") == 1 and "File too large" in text, text
+        assert "Traceback" not in text and len(text.splitlines()) < 15 and not list(out.glob("model*"))
+        run(out, ranks, *cache, program=program)
+    if ranks == 1:
+        pairs = ["--model", task / "trained", "--task", task, "--pairs", task / "train.jsonl", "--max_new_tokens=8"]
+        text = run(tmp_path / "x.jsonl", 1, program=["score", "score", *pairs], file_limit=500, code=1)
+        assert text.splitlines()[-1] == f"{tmp_path / 'x.jsonl.partial'}: File too large", text
+
+
+def test_what_is_printed_without_a_terminal(task, tmp_path):
+    """Minutes of silence in a cluster's log: who computes what, at once, and then a line now and then, no carriage returns."""
+    text = run(tmp_path / "out", 2, f"--task={task}")
+    for line in (
+        "device      2 x CPU",
+        "parameters  610,496",
+        "pairs       sft 24, train 24, test_longtail 24",
+        "output      ",
+    ):
+        assert text.count(f"\n{line}") + text.startswith(line) == 1, text
+    assert re.findall(r"^(?:sft|rl): 10/10, .*step/s, 00:00 left, (?:loss|reward) .* tok/s$", text, re.M) and "\r" not in text
 
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="mounting a small tmpfs needs root")

@@ -1,5 +1,6 @@
 """train.py end to end on a cut-down notes task: files, repeatability, resumption, refusals, and that RL raises the reward."""
 
+import itertools
 import json
 import os
 import runpy
@@ -12,10 +13,12 @@ from functools import partial
 import pytest
 import torch
 from conftest import NOTES, ROOT
+from matplotlib.figure import Figure
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import grm
 import parallel
+import rollout
 import sam
 import train
 
@@ -53,6 +56,19 @@ def stop_after(monkeypatch, stage, step):
             signal.raise_signal(signal.SIGTERM)
 
     monkeypatch.setattr(parallel.Progress, "log", stopping)
+
+
+def stop_in(monkeypatch, owner, name, call):
+    """From now on a run gets SIGTERM in a call, by its number, of what may be broken off."""
+    calls, original = itertools.count(1), getattr(owner, name)
+
+    def stopping(*args, **settings):
+        if next(calls) == call:
+            signal.raise_signal(signal.SIGTERM)
+            raise AssertionError("the signal must break off what runs")
+        return original(*args, **settings)
+
+    monkeypatch.setattr(owner, name, stopping)
 
 
 class Parts:
@@ -150,6 +166,49 @@ def test_same_seed_same_bytes_and_resume_equals_straight_run(task, tmp_path, mon
     assert (tmp_path / "c" / "summary.json").read_bytes() == (tmp_path / "a" / "summary.json").read_bytes()
 
 
+def test_a_run_can_be_stopped_in_what_takes_long(task, tmp_path, monkeypatch, capsys):
+    """SIGTERM in an evaluation or in sampling: neither waited for nor lost; the stage before it is saved, and nothing else is
+    done again."""
+    run(monkeypatch, task, tmp_path / "calm")
+    stops = [
+        (grm, "judge", 2, "sft step 4"),  # evaluating what SFT gave: its second test set
+        (rollout, "uniforms", 2, "rl step 1"),  # sampling
+        (grm, "judge", 1, "rl step 2"),  # evaluating on the way
+        (grm, "judge", 3, "rl step 4"),  # evaluating what RL gave, after that
+    ]
+    for *place, reached in stops:
+        with monkeypatch.context() as patched:
+            stop_in(patched, *place)
+            run(patched, task, tmp_path / "out")
+        assert f"stopped after {reached}; saved" in capsys.readouterr().out
+        assert not (tmp_path / "out" / "model").exists()
+    run(monkeypatch, task, tmp_path / "out")
+    for name in ("metrics.jsonl", "tests.jsonl", "samples.jsonl", "summary.json", "model/model.safetensors"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "calm" / name).read_bytes()
+
+
+def test_pictures_that_fail_lose_nothing(task, tmp_path, monkeypatch, capsys):
+    """A broken matplotlib at the end of a run of days: the summary is there, and the same command draws again, no more."""
+    out = tmp_path / "out"
+    with monkeypatch.context() as patched, pytest.raises(ZeroDivisionError):
+        patched.setattr(Figure, "savefig", lambda *args, **settings: 1 / 0)
+        run(patched, task, out, "--rl_steps=1")
+    summary = (out / "summary.json").read_bytes()
+    monkeypatch.setattr(parallel.Progress, "optimizer_step", None)
+    run(monkeypatch, task, out, "--rl_steps=1")
+    assert (out / "summary.json").read_bytes() == summary and (out / "curves.png").exists()
+
+
+def test_checkpoints_come_every_ten_minutes(task, tmp_path, monkeypatch):
+    """--save_every 0 that never saves: at the end of a stage, and where the clock says so."""
+    saved, save = [], parallel.Progress.save
+    monkeypatch.setattr(parallel.Progress, "save", lambda self: saved.append((self.stage, self.step)) or save(self))
+    clock = itertools.count(0, 250)  # seconds; asked once a step and once a checkpoint
+    monkeypatch.setattr(parallel.time, "monotonic", lambda: next(clock))
+    run(monkeypatch, task, tmp_path / "out", "--sft_steps=8", "--rl_steps=1")
+    assert saved == [("sft", 3), ("sft", 6), ("sft", 8), ("rl", 0), ("rl", 1)]
+
+
 def test_micro_batches_change_nothing_but_rounding(task, tmp_path, monkeypatch):
     """LESSONS 7: the loss is normalised by the tokens of the whole batch, however it is cut."""
     for name, budget in (("whole", 10**6), ("cut", 300)):
@@ -238,6 +297,10 @@ REFUSED = {
     "nothing to do": (lambda task: None, ["--sft_steps=0", "--rl_steps=0"], "nothing to do"),
     "unknown setting": (break_file("train.json", lambda old: '{"learning_rate": 1}'), [], "unknown settings learning_rate"),
     "setting of a wrong type": (break_file("train.json", lambda old: '{"lr": "fast"}'), [], r"train\.json: .*--lr"),
+    "the task in its own file": (break_file("train.json", lambda old: '{"task": "other"}'), [], "cannot say --task"),
+    "a setting twice": (break_file("train.json", lambda old: '{"lr": 1, "lr": 2}'), [], r"train\.json: 'lr' is given twice"),
+    "a setting that is no number": (break_file("train.json", lambda old: '{"lr": NaN}'), [], r"train\.json: NaN: is no"),
+    "deep settings": (break_file("train.json", lambda old: '{"lr": ' + "[" * 9999), [], r"train\.json: nested too deeply"),
     "settings in a list": (break_file("train.json", lambda old: "[1]"), [], r"train\.json: must be a JSON object"),
     "no label": (break_file("test_random.jsonl", second_line(f"{{{PAIR}}}")), [], r"test_random\.jsonl:2: 'label' is missing"),
     "no tests": (lambda task: [path.unlink() for path in task.glob("test*.jsonl")], [], "no test"),
