@@ -1,0 +1,271 @@
+"""Every setting arrives: runs of three steps, each setting changed in turn, against plain loops over a Hugging Face model."""
+
+import copy
+import itertools
+import json
+import math
+import re
+import shutil
+
+import kill
+import numpy as np
+import pytest
+import torch
+from conftest import NOTES
+
+import distill
+import grm
+import rollout
+import train
+
+REINFORCED = {
+    "sft_steps": 0, "rl_steps": 3, "prompts_per_step": 2, "group_size": 4, "max_new_tokens": 20, "temperature": 1.3, "lr": 1e-2,
+    "updates_per_batch": 2, "clip_low": 0.05, "clip_high": 0.1, "advantage_clamp": 1.2, "sft_coef": 0.2, "sft_batch": 3,
+    "kl_coef": 0.5, "is_cap": 1.3, "weight_decay": 0.3, "max_grad_norm": 0.5,
+}  # fmt: skip
+REINFORCED_OTHERWISE = {
+    "rl_steps": 2, "prompts_per_step": 3, "group_size": 3, "max_new_tokens": 18, "temperature": 0.8, "lr": 3e-3, "seed": 5,
+    "updates_per_batch": 1, "clip_low": 0.3, "clip_high": 0.01, "advantage_clamp": 0.0, "sft_coef": 0.0, "sft_batch": 2,
+    "kl_coef": 0.0, "is_cap": 1.02, "weight_decay": 0.0, "max_grad_norm": 9e9, "normalize_std": False, "rule": "positive",
+    "step_targets": "final",
+}  # fmt: skip
+TUNED = {
+    "rl_steps": 0,
+    "sft_steps": 3,
+    "max_new_tokens": 20,
+    "sft_batch": 3,
+    "sft_lr": 1e-2,
+    "weight_decay": 0.3,
+    "max_grad_norm": 0.5,
+}
+TUNED_OTHERWISE = {"sft_steps": 2, "sft_batch": 2, "sft_lr": 3e-3, "weight_decay": 0.0, "max_grad_norm": 9e9, "seed": 5}
+DISTILLED = {
+    "steps": 3,
+    "max_new_tokens": 8,
+    "batch": 3,
+    "lr": 1e-2,
+    "weight_decay": 0.3,
+    "temperature": 2.0,
+    "gold_weight": 0.3,
+    "labelled": 20,
+}
+DISTILLED_OTHERWISE = {"steps": 2, "batch": 2, "lr": 3e-3, "weight_decay": 0.0, "temperature": 0.7, "gold_weight": 0.0}
+DISTILLED_OTHERWISE |= {"labelled": 3, "seed": 5, "loss": "gold", "pairs": "test_random.jsonl"}
+EOS = 2
+GRADES = ["-1", "0", "1", "2", "3"]
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory):
+    """The notes task with 24 records a file, short demonstrations, and its settings the defaults; the same with the label
+    alone, and a teacher."""
+    folder = tmp_path_factory.mktemp("settings")
+    shutil.copytree(NOTES, folder / "steps", ignore=shutil.ignore_patterns("*.py", "train.json", "__pycache__"))
+    for path in (folder / "steps").glob("*.jsonl"):
+        records = [json.loads(line) for line in path.read_text().splitlines()[:24]]
+        for record in records:
+            if "response" in record:
+                record["response"] = " ".join(re.findall(r"\\boxed{ ?-?\d ?}", record["response"]))
+        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    kill.make_task(folder / "label")
+    (folder / "label" / "distill.json").unlink()
+    return {"rl": folder / "steps", "sft": folder / "steps", "distill": folder / "label"}
+
+
+def parse(renderer, ids):
+    """An untrained model's answer as if it had reasoned: three steps, whose labels are those of their first ids."""
+    ends = [0, len(ids) // 3, 2 * len(ids) // 3, len(ids)]
+    steps = [grm.Step(a, b, GRADES[ids[a] % 5], None) for a, b in itertools.pairwise(ends)]
+    is_malformed = ids[0] % 6 == 0 and ids[-1] != EOS
+    return grm.Trace(problem="missing boxes") if is_malformed else grm.Trace(steps, steps[-1].label)
+
+
+def noisy(sample, *args, **settings):
+    """Answers whose sampler differs from the trainer, as one in bfloat16 does."""
+    sampled = sample(*args, **settings)
+    draw = torch.Generator().manual_seed(settings["step"])
+    sampled.logprobs_A += 0.3 * torch.randn(sampled.logprobs_A.shape, generator=draw)
+    return sampled
+
+
+def run(monkeypatch, module, task, out, settings):
+    """main() of train.py or distill.py; the rollouts that it sampled, what it logged of its steps, and its model's folder."""
+    rollouts, sample = [], rollout.sample
+    with monkeypatch.context() as patched:
+        patched.setattr(grm.Renderer, "parse", parse)
+        patched.setattr(train, "draw_curves", lambda out: None)
+        patched.setattr(module, "evaluate", lambda *args: {})
+        patched.setattr(grm, "print_table", lambda *args: None)
+        if module is train:
+            patched.setattr(rollout, "sample", lambda *a, **k: rollouts.append(noisy(sample, *a, **k)) or rollouts[-1])
+        flags = [f"--{name}={value}" for name, value in {"task": task, "out": out, **settings}.items()]
+        patched.setattr("sys.argv", ["x.py", *map(str, flags)])
+        module.main()
+    return rollouts, [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()], out / "model"
+
+
+def drawn(records, size, step, *key):
+    """The records of a step: the first epoch is a shuffle."""
+    order = np.random.default_rng([*key, 0]).permutation(len(records))
+    return [records[i] for i in order[step * size : (step + 1) * size]]
+
+
+def schedule(peak, step, steps, final):
+    """Of so few steps the first is the whole warm-up; then a cosine."""
+    return peak * (final + (1 - final) * (0.5 + 0.5 * math.cos(math.pi * step / (steps - 1))))
+
+
+def logprobs(model, prompt, answer, temperature=1.0):
+    """Log-probabilities of an answer's tokens."""
+    logits_TV = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1] / temperature
+    return logits_TV.log_softmax(-1)[range(len(answer)), answer]
+
+
+def all_logprobs(model, rows, temperature):
+    """Of several answers, end to end."""
+    return torch.cat([logprobs(model, *row, temperature) for row in rows])
+
+
+def update(model, optimizer, loss, lr, max_norm):
+    """An optimizer step; the gradient's norm."""
+    optimizer.zero_grad()
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm).item()
+    optimizer.param_groups[0]["lr"] = lr
+    optimizer.step()
+    return norm
+
+
+def sft_loss(model, renderer, records):
+    """Mean over the demonstrations' tokens."""
+    answers = [(renderer.prompt(r["query"], r["document"]), renderer.response(r["response"])) for r in records]
+    return -torch.cat([logprobs(model, *pair) for pair in answers]).mean()
+
+
+def credits(config, record, group):
+    """The credit of each token of a group's answers."""
+    traces = [parse(None, answer) for answer in group]
+    rewards = torch.tensor([float(trace.label == record["label"]) for trace in traces])
+    advantages = rewards - rewards.mean()
+    if config.normalize_std:
+        advantages = advantages / (rewards.std() + 1e-6)
+    if config.advantage_clamp:
+        advantages = advantages.clamp(-config.advantage_clamp, config.advantage_clamp)
+    targets = record["step_labels"] if config.step_targets == "labels" else [record["label"]] * 3
+    for answer, trace, A in zip(group, traces, advantages.tolist(), strict=True):
+        for i in range(len(answer)):
+            inside = [n for n, step in enumerate(trace.steps) if step.start <= i < step.end]
+            right = bool(inside) and trace.steps[inside[0]].label == targets[inside[0]]
+            masked = (A > 0 and not right) or (A < 0 and right and config.rule == "symmetric")
+            yield 0.0 if masked and config.rule != "none" else A
+
+
+def plain_rl(config, task, rollouts):
+    """train.rl in plain loops, from the answers that were sampled. Yields loss, norm, entropy; the model comes last."""
+    loaded = grm.Task.load(task)
+    model, tokenizer = grm.load_model(config.model, "cpu", seed=config.seed)
+    renderer, reference = grm.Renderer(loaded, tokenizer, 512, config.max_new_tokens), copy.deepcopy(model)
+    pairs, demonstrations = loaded.read(task / "train.jsonl"), loaded.read(task / "sft.jsonl", ("response",))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=config.weight_decay)
+    signals = []
+    for step, sampled in enumerate(rollouts):
+        batch = drawn(pairs, config.prompts_per_step, step, config.seed, 1)
+        groups = list(zip(batch, sampled.answers, strict=True))
+        rows = [(renderer.prompt(r["query"], r["document"]), answer) for r, group in groups for answer in group]
+        for n, (prompt, answer) in enumerate(rows):
+            uniforms = np.random.default_rng([config.seed, step, n]).random(config.max_new_tokens)[: len(answer)]
+            logits_TV = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1].detach() / config.temperature
+            cdf_TV = logits_TV.double().softmax(-1).cumsum(-1)
+            assert torch.searchsorted(cdf_TV, torch.tensor(uniforms)[:, None])[:, 0].tolist() == answer
+        credit = torch.tensor([c for r, group in groups for c in credits(config, r, group)])
+        signals.append(credit.any())
+        old, ref = (all_logprobs(of, rows, config.temperature).detach() for of in (model, reference))
+        weights = (old - sampled.logprobs_A).exp().clamp(max=config.is_cap)
+        for _ in range(config.updates_per_batch):
+            now = all_logprobs(model, rows, config.temperature)
+            ratio = (now - old).exp()
+            clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
+            gain = weights * torch.minimum(ratio * credit, clipped * credit)
+            loss = (config.kl_coef * 0.5 * (now - ref) ** 2 - gain).mean()
+            if config.sft_coef:
+                chosen = drawn(demonstrations, config.sft_batch, step, config.seed, 2)
+                loss = loss + config.sft_coef * sft_loss(model, renderer, chosen)
+            lr = schedule(config.lr, step, config.rl_steps, 0.1)
+            norm = update(model, optimizer, loss, lr, config.max_grad_norm)
+        yield loss.item(), norm, lr
+    assert any(signals)
+    yield model
+
+
+def plain_sft(config, task, rollouts):
+    """train.sft in plain loops."""
+    loaded = grm.Task.load(task)
+    model, tokenizer = grm.load_model(config.model, "cpu", seed=config.seed)
+    renderer, records = grm.Renderer(loaded, tokenizer), loaded.read(task / "sft.jsonl", ("response",))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=config.weight_decay)
+    for step in range(config.sft_steps):
+        loss = sft_loss(model, renderer, drawn(records, config.sft_batch, step, config.seed, 0))
+        lr = schedule(config.sft_lr, step, config.sft_steps, 0.1)
+        yield loss.item(), update(model, optimizer, loss, lr, config.max_grad_norm), lr
+    yield model
+
+
+def plain_distillation(config, task, rollouts):
+    """distill.train of a causal student on label distributions, in plain loops."""
+    loaded = grm.Task.load(task)
+    teacher, student = grm.load_model(config.teacher)[0], grm.load_model(config.student, "cpu", seed=config.seed)[0]
+    renderer = grm.Renderer(loaded, grm.load_model(config.student, "meta")[1])
+    records = [record for name in config.pairs.split(",") for record in loaded.read(task / name, ())]
+    golds = ["label" in r and i < config.labelled for i, r in enumerate(records)]
+    pairs = [(r, gold) for r, gold in zip(records, golds, strict=True) if gold or config.loss != "gold"]
+    optimizer = torch.optim.AdamW(student.parameters(), weight_decay=config.weight_decay)
+    for step in range(config.steps):
+        total = 0.0
+        for record, is_labelled in drawn(pairs, config.batch, step, config.seed):
+            ids = torch.tensor([renderer.prompt(record["query"], record["document"]) + renderer.opening])
+            p, q = (model(ids).logits[0, -1, renderer.label_ids] for model in (teacher, student))
+            cross_entropy = -q.log_softmax(-1)[GRADES.index(record["label"])] if is_labelled else 0.0
+            T = config.temperature
+            p_T, log_q_T = (p.detach() / T).softmax(-1), (q / T).log_softmax(-1)
+            share = config.gold_weight if is_labelled else 0.0
+            kd = (1 - share) * T * T * (p_T * (p_T.log() - log_q_T)).sum() + share * cross_entropy
+            total = total + (cross_entropy if config.loss == "gold" else kd) / config.batch
+        lr = schedule(config.lr, step, config.steps, 0.0)
+        yield total.item(), update(student, optimizer, total, lr, 1.0), lr
+    yield student
+
+
+@pytest.fixture(scope="module")
+def unchanged():
+    """What the runs with nothing changed logged, to see that a change has an effect."""
+    return {}
+
+
+CASES = [
+    *(("rl", REINFORCED, change) for change in [{}, *({name: value} for name, value in REINFORCED_OTHERWISE.items())]),
+    ("rl", REINFORCED, {"rule": "none", "max_tokens": 300}),
+    *(("sft", TUNED, change) for change in [{}, *({name: value} for name, value in TUNED_OTHERWISE.items())]),
+    *(("distill", DISTILLED, change) for change in [{}, *({name: value} for name, value in DISTILLED_OTHERWISE.items())]),
+]
+
+
+@pytest.mark.parametrize(("stage", "base", "change"), CASES, ids=[f"{stage} {change}" for stage, _, change in CASES])
+def test_a_setting_arrives(tasks, tmp_path, monkeypatch, unchanged, stage, base, change):
+    """A setting that is parsed, bounded and documented, and never reaches the loss: it must change the run, and the run must
+    be that of the plain loop with this setting. The losses, norms and rates of three steps, and the weights they lead to."""
+    module, task, settings = distill if stage == "distill" else train, tasks[stage], {**base, **change}
+    if stage == "distill":
+        settings |= {"teacher": task / "trained", "student": task / "model", "cache": tmp_path / "cache"}
+    rollouts, logged, folder = run(monkeypatch, module, task, tmp_path / "out", settings)
+    config = module.parse_config([f"--{name}={value}" for name, value in {"task": task, **settings}.items()])
+    plain = {"rl": plain_rl, "sft": plain_sft, "distill": plain_distillation}[stage]
+    *expected, model = plain(config, task, rollouts)
+    got = [(r["loss"], r["grad_norm"], r["lr"]) for r in logged]
+    np.testing.assert_allclose(got, expected, rtol=2e-4, atol=2e-6)
+    trained, _ = grm.load_model(folder, "cpu")
+    for ours, theirs in zip(trained.parameters(), model.parameters(), strict=True):
+        assert ((ours - theirs).abs() > 1e-4).float().mean() < 1e-3  # Adam turns rounding at a gradient of 0 into a step
+    if not change:
+        unchanged[stage] = got
+    elif stage in unchanged:
+        assert got != unchanged[stage]
