@@ -14,11 +14,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import NOTES
+from safetensors.torch import load_file, save_file
 from sentence_transformers import CrossEncoder
 from torch.autograd import grad
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification, pipeline
+from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification, BertModel, pipeline
 
 import distill
 import grm
@@ -454,6 +455,17 @@ def test_cache_is_reused_resumed_and_refused_when_stale(task, monkeypatch):
             teach(teacher, pairs)
 
 
+def test_each_shard_is_sampled_as_the_settings_say(task, monkeypatch):
+    """Another temperature or number of reasonings than asked for, or the same draws for the pairs of every shard."""
+    monkeypatch.setattr(distill.Cache, "SHARD", 8)
+    reason_first(task)
+    teacher, pairs, _, _ = scripted_teacher(task, monkeypatch, "--sampling_temperature=0.6")
+    asked, sample = [], rollout.sample
+    monkeypatch.setattr(rollout, "sample", lambda *args, **settings: asked.append(settings) or sample(*args, **settings))
+    teach(teacher, pairs)
+    assert [(s["group_size"], s["temperature"], s["first_row"]) for s in asked] == [(2, 0.6, 0), (2, 0.6, 16), (2, 0.6, 32)]
+
+
 def test_teacher_that_does_not_follow_the_format_stops_the_run(task, monkeypatch):
     """An untrained model writes no boxes; its label distributions would be noise. Nor does the cache let them pass later."""
     reason_first(task)
@@ -592,8 +604,11 @@ def test_on_policy_uses_the_students_own_samples(task, monkeypatch):
 
 def test_same_seed_same_bytes_and_gold_alone(task, monkeypatch):
     """Runs repeat; --loss gold asks no teacher; --labelled hides the other labels."""
+    seeds, batch = [], parallel.epoch_batch
+    monkeypatch.setattr(parallel, "epoch_batch", lambda *args: seeds.append(torch.initial_seed()) or batch(*args))
     for out in ("a", "b"):
         run(monkeypatch, task, out=out)
+    assert len(set(seeds[:3])) == 3 and seeds[:3] == seeds[3:]  # of dropout: another at each step
     assert (task.parent / "a" / "metrics.jsonl").read_bytes() == (task.parent / "b" / "metrics.jsonl").read_bytes()
     assert "teacher" not in run(monkeypatch, task, "--loss=gold", "--labelled=6", "--teacher=nowhere", out="c")
     records, _ = distill.read_pairs(distill.parse_config([*arguments(task), "--labelled=6"]), grm.Task.load(task))
@@ -625,6 +640,12 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(task, monkeypatch, capsys, kind
     assert interrupted(parallel.Ranks, "stopping", 5, lambda: True, FileNotFoundError) == ["000003"]
     with pytest.raises(SystemExit, match="another run"):
         run(monkeypatch, task, *flags, "--lr=1")
+    teacher = task.parent / "teacher" / "config.json"
+    whole = teacher.read_text()
+    teacher.write_text(whole + " ")
+    with pytest.raises(SystemExit, match="other contents"):
+        run(monkeypatch, task, *flags)
+    teacher.write_text(whole)
     with open(out / "metrics.jsonl", "a") as file:
         file.write('{"step": 4}\n')  # done after the checkpoint, lost with a crash: done again
     # In the student's first test set: the teacher has two. No handler may see it, as none sees SIGKILL.
@@ -649,6 +670,17 @@ def no_label(task):
     BertForSequenceClassification(config).save_pretrained(task / "student")
 
 
+def lost_tensor(task):
+    """An encoder whose file lacks a layer's weight: not its head, which is new in any case."""
+    config = BertConfig(vocab_size=99, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    config.architectures = ["BertModel"]
+    BertModel(config).save_pretrained(task / "student")
+    path = task / "student" / "model.safetensors"
+    tensors = load_file(path)
+    del tensors["encoder.layer.0.output.dense.weight"]
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
 def other_words(task):
     """A student whose tokenizer numbers the words differently."""
     shutil.copytree(task / "model", task / "other")
@@ -658,6 +690,7 @@ def other_words(task):
 
 REFUSALS = {
     "label missing from the student's config": (no_label, [], r"no label -1, 0, 1, 2, 3 \(it has LABEL_0, LABEL_1\)"),
+    "tensor missing from the student's weights": (lost_tensor, [], "missing or left over: bert.encoder.layer.0.output.dense.w"),
     "tokenizers differ": (other_words, ["--loss=js", "--student={task}/other"], "different tokenizers; use --loss label"),
     "pickled weights": (lambda task: (task / "student" / "pytorch_model.bin").write_bytes(b"x"), [], "only pickled weights"),
     "token loss of a classifier": (None, ["--loss=forward"], "is a classifier; use --loss label"),

@@ -1,6 +1,7 @@
 """grm.py: what a task folder may hold, one prompt from every path, the parser on token ids, metrics, loading and scoring."""
 
 import ast
+import contextlib
 import copy
 import functools
 import json
@@ -832,6 +833,25 @@ def test_weights_that_are_not_all_there_are_refused(tmp_path, trained, changes, 
         with pytest.raises(TaskError, match=message) as caught:
             load_model(tmp_path / "model", "cpu", seed=seed)
         assert str(caught.value).startswith(f"{tmp_path / 'model'}: ") and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
+def test_code_in_a_model_folder_is_not_run(tmp_path, trained, monkeypatch, file):
+    """A folder from anywhere that brings its own classes, or its weights as a pickle beside a file of another name."""
+    folder, proof = Path(shutil.copytree(trained, tmp_path / "model")), tmp_path / "proof"
+    (folder / "own.py").write_text(f"open({str(proof)!r}, 'w')\nclass Own: pass\n")
+    names = {"config.json": "AutoConfig", "tokenizer_config.json": "AutoTokenizer"}
+    value = "own.Own" if file == "config.json" else ["own.Own", None]
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    edit_json(folder / file, auto_map={names[file]: value}, model_type="own", tokenizer_class="Own")
+    with contextlib.suppress(TaskError):
+        load_model(folder, "cpu")
+    shutil.copy(trained / file, folder / file)
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    os.rename(folder / "model.safetensors", folder / "other.safetensors")
+    with pytest.raises(TaskError, match="cannot be loaded"):
+        load_model(folder, "cpu")
+    assert not proof.exists()
 
 
 @pytest.mark.parametrize("file", ["tokenizer_config.json", "tokenizer.json", "config.json"])

@@ -161,8 +161,8 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_former(task, tmp_path):
 
 
 LOCK = """import fcntl, sys
-file = open(sys.argv[1], "ab")
-fcntl.lockf(file, fcntl.LOCK_EX)
+file = open(sys.argv[1], "a+b")
+fcntl.lockf(file, fcntl.LOCK_SH)  # so that the other must want it for itself alone
 print("locked", flush=True)
 sys.stdin.read()"""
 
@@ -269,6 +269,23 @@ def test_checkpoints_that_do_not_fit_are_refused(task, tmp_path, monkeypatch):
         refused(r"metrics\.jsonl: shorter than at the newest checkpoint, or changed", out / "metrics.jsonl", damage)
     refused(r"checksums\.json: damaged; delete", checkpoint / "checksums.json", lambda old: old[:-9])
     refused(r"config\.json: damaged; choose", out / "config.json", lambda old: old[:-3])
+
+
+def test_a_name_is_given_when_all_is_on_the_disk(tmp_path, monkeypatch):
+    """A power cut after the renaming and before the writing leaves a checkpoint by name, and nothing in it."""
+    flushed, replace = [], os.replace
+    monkeypatch.setattr(parallel, "_flush", lambda path: flushed.append(Path(path).name))
+
+    def checked(unfinished, path):
+        complete = {"state.json", "checksums.json", "shard-00001-model-00001-of-00001.safetensors"}
+        assert {file.name for file in Path(unfinished).iterdir()} == complete <= set(flushed)
+        assert set(json.loads((unfinished / "checksums.json").read_text())) == complete - {"checksums.json"}
+        replace(unfinished, path)
+
+    monkeypatch.setattr(os, "replace", checked)
+    model = torch.nn.Linear(2, 1)
+    parallel.Checkpoints(tmp_path, parallel.Ranks()).save(1, model, torch.optim.AdamW(model.parameters()), {})
+    assert [path.name for path in tmp_path.iterdir()] == ["000001"]
 
 
 def test_tensors_survive_the_round_trip(tmp_path):

@@ -19,14 +19,14 @@ import rollout
 import train
 
 REINFORCED = {
-    "sft_steps": 0, "rl_steps": 3, "prompts_per_step": 2, "group_size": 4, "max_new_tokens": 20, "temperature": 1.3, "lr": 1e-2,
-    "updates_per_batch": 2, "clip_low": 0.05, "clip_high": 0.1, "advantage_clamp": 1.2, "sft_coef": 0.2, "sft_batch": 3,
-    "kl_coef": 0.5, "is_cap": 1.3, "weight_decay": 0.3, "max_grad_norm": 0.5,
+    "sft_steps": 2, "sft_lr": 1e-3, "sft_batch": 3, "rl_steps": 3, "prompts_per_step": 2, "group_size": 4, "max_new_tokens": 20,
+    "temperature": 1.3, "lr": 1e-2, "updates_per_batch": 2, "clip_low": 0.05, "clip_high": 0.1, "advantage_clamp": 1.2,
+    "seed": 3, "sft_coef": 0.2, "kl_coef": 0.5, "is_cap": 1.3, "weight_decay": 0.3, "max_grad_norm": 0.5,
 }  # fmt: skip
 REINFORCED_OTHERWISE = {
     "rl_steps": 2, "prompts_per_step": 3, "group_size": 3, "max_new_tokens": 18, "temperature": 0.8, "lr": 3e-3, "seed": 5,
     "updates_per_batch": 1, "clip_low": 0.3, "clip_high": 0.01, "advantage_clamp": 0.0, "sft_coef": 0.0, "sft_batch": 2,
-    "kl_coef": 0.0, "is_cap": 1.02, "weight_decay": 0.0, "max_grad_norm": 9e9, "normalize_std": False, "rule": "positive",
+    "kl_coef": 0.0, "is_cap": 1.02, "weight_decay": 0.0, "max_grad_norm": 2.0, "normalize_std": False, "rule": "positive",
     "step_targets": "final",
 }  # fmt: skip
 TUNED = {
@@ -38,7 +38,7 @@ TUNED = {
     "weight_decay": 0.3,
     "max_grad_norm": 0.5,
 }
-TUNED_OTHERWISE = {"sft_steps": 2, "sft_batch": 2, "sft_lr": 3e-3, "weight_decay": 0.0, "max_grad_norm": 9e9, "seed": 5}
+TUNED_OTHERWISE = {"sft_steps": 2, "sft_batch": 2, "sft_lr": 3e-3, "weight_decay": 0.0, "max_grad_norm": 2.0, "seed": 5}
 DISTILLED = {
     "steps": 3,
     "max_new_tokens": 8,
@@ -166,9 +166,11 @@ def credits(config, record, group):
 
 
 def plain_rl(config, task, rollouts):
-    """train.rl in plain loops, from the answers that were sampled. Yields loss, norm, entropy; the model comes last."""
-    loaded = grm.Task.load(task)
-    model, tokenizer = grm.load_model(config.model, "cpu", seed=config.seed)
+    """train.sft and train.rl in plain loops, from the answers that were sampled. Yields losses, norms and rates; the model
+    comes last."""
+    loaded, (_, tokenizer) = grm.Task.load(task), grm.load_model(config.model, "meta")
+    *tuned, model = plain_sft(config, task, rollouts)
+    yield from tuned
     renderer, reference = grm.Renderer(loaded, tokenizer, 512, config.max_new_tokens), copy.deepcopy(model)
     pairs, demonstrations = loaded.read(task / "train.jsonl"), loaded.read(task / "sft.jsonl", ("response",))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=config.weight_decay)
@@ -182,7 +184,7 @@ def plain_rl(config, task, rollouts):
             cdf_TV = logits_TV.detach().double().softmax(-1).cumsum(-1)
             ends = cdf_TV[range(len(uniforms)), rows[n][1]]
             starts = ends - cdf_TV.diff(prepend=torch.zeros(len(uniforms), 1))[range(len(uniforms)), rows[n][1]]
-            assert (starts.numpy() - 1e-4 < uniforms).all() and (uniforms < ends.numpy() + 1e-4).all()
+            assert (starts.numpy() - 1e-3 < uniforms).all() and (uniforms < ends.numpy() + 1e-3).all()
         credit = torch.tensor([c for r, group in groups for c in credits(config, r, group)])
         signals.append(credit.any())
         old, ref = (logprobs(of, rows, config.temperature).detach() for of in (model, reference))

@@ -121,7 +121,7 @@ def test_torchrun_writes_everything(task, tmp_path):
     assert {"accuracy", "macro_f1", "kappa", "step_accuracy", "recall", "confusion"} <= set(summary["sft"]["test_random"])
     for name in ("sft", "model"):
         model = AutoModelForCausalLM.from_pretrained(out / name)
-        assert model.generation_config.eos_token_id == 2
+        assert (model.generation_config.eos_token_id, model.generation_config.max_new_tokens) == (2, 56)
         assert "assistant" in AutoTokenizer.from_pretrained(out / name).chat_template
         assert "tree" not in (out / name / "config.json").read_text(), "the export must not ask for our attention"
         assert grm.Task.load(out / name).criteria == grm.Task.load(task).criteria
@@ -317,6 +317,16 @@ def test_an_output_folder_of_another_run_is_refused(task, tmp_path, monkeypatch,
     assert "finished; to repeat it" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="--seed 0"):
         run(monkeypatch, task, out, "--sft_steps=1", "--rl_steps=0", "--seed=5")
+
+
+def test_the_learning_rate_warms_up_and_falls():
+    """A schedule that begins at 0 or at the peak, warms up for another share of the steps, or ends elsewhere."""
+    rates = [parallel.learning_rate(2.0, step, 80, final) for final in (0.1, 0.0) for step in range(80)]
+    assert rates[:4] == [0.5, 1.0, 1.5, 2.0] and max(rates) == 2.0 and rates[4] < 2.0
+    middle = 3 + 76 // 2
+    assert rates[middle] == pytest.approx(1.1) and rates[79] == pytest.approx(0.2)
+    assert rates[80 + middle] == pytest.approx(1.0) and rates[159] == pytest.approx(0.0)
+    assert parallel.learning_rate(2.0, 0, 1) == 2.0
 
 
 def test_batches_are_epochs_of_shuffles():
