@@ -747,6 +747,14 @@ def test_metrics_of_malformed_answers():
     assert out["confusion"] == [[0] * 5 + [1]] * 4 + [[0, 0, 0, 0, 1, 1]]
     assert out["recall"] == {"-1": 0.0, "0": 0.0, "1": 0.0, "2": 0.0, "3": 0.5}
     assert 0 < out["ndcg@10"] < 1
+    for Y in (2, 3, 4):  # the farthest label of an even number of them
+        gold, labels = [*range(Y), *range(Y)], [str(i) for i in range(Y)]
+        said = [*range(Y), *[None] * Y]
+        farthest = [max(range(Y), key=lambda j: abs(i - j)) if j is None else j for i, j in zip(gold, said, strict=True)]
+        records = [{"label": str(i)} for i in gold]
+        got = [{"label": None if j is None else str(j), "grade": 0.0} for j in said]
+        kappa = metrics(make_task(labels), records, got)["kappa"]
+        assert kappa == pytest.approx(cohen_kappa_score(gold, farthest, weights="quadratic"))
 
 
 def test_metrics_without_signal_are_numbers():
