@@ -353,6 +353,21 @@ class Teacher:
         self.renderer = grm.Renderer(task, tokenizer, context, config.max_new_tokens)
         self.engine = make_engine(self.model, self.renderer, config)
 
+    def encode(self, pairs, samples):
+        """Give each pair `teacher_prompt`, its ids. Raises grm.TaskError for one that does not fit.
+
+        samples: reasonings of each pair, at the same time in the cache.
+        """
+        bar = parallel.Bar(pairs, desc="teacher's prompts", delay=parallel.LINE_SECONDS)
+        prompts = self.renderer.prompts(bar)
+        config = self.config
+        try:
+            rollout.fit_rows(prompts, samples, config.max_new_tokens, config.cache_tokens)
+        except ValueError as error:
+            raise grm.TaskError(f"--{error}") from None
+        for pair, prompt in zip(pairs, prompts, strict=True):
+            pair["teacher_prompt"] = prompt
+
     def predict(self, pairs):
         """Its predictions, as grm.metrics takes them: greedy, after its own reasoning."""
         return grm.judge(self.renderer, self.engine, pairs, explain=False)
@@ -515,19 +530,13 @@ def teach(teacher, pairs, teacher_hash, ranks, progress):
     `probs`: its label distribution, a list; `reasonings`: lists of ids. Returns the pairs of which
     at least one reasoning is well-formed.
     """
-    config = teacher.config
-    prompts = teacher.renderer.prompts(parallel.Bar(pairs, desc="teacher's prompts", delay=30))
-    try:
-        rollout.fit_rows(prompts, config.samples, config.max_new_tokens, config.cache_tokens)
-    except ValueError as error:
-        raise grm.TaskError(f"--{error}") from None
     if ranks.rank == 0:
         open_cache(teacher, pairs, teacher_hash)
     ranks.barrier()
     cache = open_cache(teacher, pairs, teacher_hash)
     ranks.on_rank_0(cache.lock)
     with progress.interruptible():
-        ask_teacher(teacher, cache, prompts, ranks)
+        ask_teacher(teacher, cache, [pair["teacher_prompt"] for pair in pairs], ranks)
     cache.unlock()
     for first in range(0, len(pairs), cache.SHARD):
         tensors = cache.load(first // cache.SHARD)
@@ -930,6 +939,10 @@ def main():
     make = student_maker(config, task, teacher)
     student = parallel.shard(make, ranks, bf16)
     optimizer = torch.optim.AdamW(student.parameters(), weight_decay=config.weight_decay)
+    if teacher:
+        teacher.encode(pairs, config.samples)
+        for records in tests.values():
+            teacher.encode(records, 1)
     for name, records in {"pairs": pairs, **tests}.items():
         starts = range(0, len(records), 1000)
         bar = parallel.Bar(starts, desc=f"{name}: x 1,000", delay=parallel.LINE_SECONDS)

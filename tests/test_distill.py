@@ -1,5 +1,6 @@
 """distill.py against naive versions kept here: the losses, their gradients, their ends and their memory."""
 
+import copy
 import itertools
 import json
 import math
@@ -375,6 +376,7 @@ def make_student(task, *flags):
 
 def teach(teacher, pairs, teacher_hash="hash"):
     ranks = parallel.Ranks()
+    teacher.encode(pairs, teacher.config.samples)
     progress = parallel.Progress(Path(teacher.config.cache).parent / "new", {}, ranks, stage="student")
     return distill.teach(teacher, pairs, teacher_hash, ranks, progress)
 
@@ -433,7 +435,7 @@ def test_cache_is_reused_resumed_and_refused_when_stale(task, monkeypatch):
     monkeypatch.setattr(distill.Cache, "SHARD", 8)
     reason_first(task)
     teacher, pairs, _, calls = scripted_teacher(task, monkeypatch)
-    first = [dict(pair) for pair in teach(teacher, pairs)]
+    first = copy.deepcopy(teach(teacher, pairs))
     assert calls == [8, 8, 4]
     folder = Path(teacher.config.cache)
     os.rename(folder / "labels-00001", folder / "labels-00001.unfinished")  # as if stopped there
@@ -681,6 +683,13 @@ def lost_tensor(task):
     save_file(tensors, path, metadata={"format": "pt"})
 
 
+def long_query(task):
+    """In a test set, of which the teacher speaks last."""
+    path = task / "test_random.jsonl"
+    first, *rest = path.read_text().splitlines()
+    path.write_text("\n".join([json.dumps(json.loads(first) | {"query": "winter " * 300}), *rest]))
+
+
 def other_words(task):
     """A student whose tokenizer numbers the words differently."""
     shutil.copytree(task / "model", task / "other")
@@ -691,6 +700,11 @@ def other_words(task):
 REFUSALS = {
     "label missing from the student's config": (no_label, [], r"no label -1, 0, 1, 2, 3 \(it has LABEL_0, LABEL_1\)"),
     "tensor missing from the student's weights": (lost_tensor, [], "missing or left over: bert.encoder.layer.0.output.dense.w"),
+    "query too long for the teacher": (
+        long_query,
+        ["--max_new_tokens=400"],
+        r"test_random\.jsonl:1: the criteria and the query",
+    ),
     "tokenizers differ": (other_words, ["--loss=js", "--student={task}/other"], "different tokenizers; use --loss label"),
     "pickled weights": (lambda task: (task / "student" / "pytorch_model.bin").write_bytes(b"x"), [], "only pickled weights"),
     "token loss of a classifier": (None, ["--loss=forward"], "is a classifier; use --loss label"),
