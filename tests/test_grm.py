@@ -1176,9 +1176,10 @@ def test_a_model_knows_what_it_was_trained_for(score_arguments, trained, tmp_pat
     arguments[1:1] = ["--model", tmp_path / "model"]
     assert run(monkeypatch, *arguments, tmp_path / "a.jsonl") is None
     assert run(monkeypatch, *arguments[:-1], "--task", tmp_path, "--out", tmp_path / "b.jsonl") is None
-    replace(task, format="answer-first").save(tmp_path)
-    outcome = run(monkeypatch, *arguments[:-1], "--task", tmp_path, "--out", tmp_path / "c.jsonl")
-    assert "was trained for format reason-first" in outcome and not (tmp_path / "c.jsonl").exists()
+    for name, other in (("format", "answer-first"), ("steps", ["topic", "promotion"]), ("labels", [*GRADES, "4"])):
+        replace(task, **{name: other}).save(tmp_path)
+        outcome = run(monkeypatch, *arguments[:-1], "--task", tmp_path, "--out", tmp_path / "c.jsonl")
+        assert f"was trained for {name} " in outcome and not (tmp_path / "c.jsonl").exists()
 
 
 def test_judge_refuses_what_it_cannot_use(trained, tmp_path, monkeypatch, capsys):
