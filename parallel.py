@@ -371,7 +371,9 @@ def launch(main, errors=()):
         sys.exit("stopped; the same command goes on from what is saved")
     except (RunError, OSError, *errors) as error:
         if not is_rank_0():
-            time.sleep(5)  # rank 0 speaks first: torchrun ends the others as soon as one has left
+            # Rank 0 speaks first: torchrun ends the others as soon as one has left.
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(5)
         sys.exit(str(error))
     if dist.is_initialized():
         # Not by way of the interpreter: now and then, threads of the process group abort it there.

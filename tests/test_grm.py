@@ -651,6 +651,10 @@ def test_a_box_closed_by_a_merged_token():
     spans = [renderer.decode(ids[s.start : s.end]) for s in trace.steps]
     assert spans == ["a \\boxed{3}.", " b \\boxed{-1}.", " c \\boxed{1}."]
     assert [renderer.decode(ids[s.label_at : s.end]) for s in trace.steps] == ["3}.", "-1}.", "1}."]
+    renderer = Renderer(make_task(), byte_level_bpe(["x}\\boxed{"] * 50))  # one token closes a box and begins the next
+    ids = renderer.response("\\boxed{3}\\boxed{-1}\\boxed{1}")
+    assert ids.count(*renderer._encode("}\\")) == 2
+    assert [step.label for step in renderer.parse(ids).steps] == ["3", "-1", "1"]
 
 
 def test_label_at_is_never_another_token():

@@ -354,10 +354,10 @@ def test_sampler_copy_follows_the_master_weights(task, tmp_path, monkeypatch):
 
 def test_stages_come_in_order():
     """Pairs of stage 1 before those of stage 2, each for its share of the steps, and within a stage each once an epoch."""
-    records = [{"stage": 2, "i": i} for i in range(8)] + [{"stage": 1, "i": i} for i in range(8, 20)]
+    records = [{"stage": 2, "i": i} for i in range(7)] + [{"stage": 1, "i": i} for i in range(7, 19)]
     stages = train.by_stage(records, 10)
     drawn = [r["i"] for step in range(10) for r in train.draw_pairs(stages, step, train.Config(prompts_per_step=4))]
-    for start, end, first, last in ((0, 12, 8, 20), (12, 24, 8, 20), (24, 32, 0, 8), (32, 40, 0, 8)):
+    for start, end, first, last in ((0, 12, 7, 19), (12, 24, 7, 19), (24, 31, 0, 7), (31, 38, 0, 7)):
         assert sorted(drawn[start:end]) == [*range(first, last)]
 
 
