@@ -660,10 +660,15 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(task, monkeypatch, capsys, kind
 
 
 def test_calibration_error():
-    """Two bins: 0.9 right half of the time, 0.55 always: gaps 0.4 and 0.45."""
-    records = [{"label": x} for x in "aaaa"]
-    predictions = [{"label": label, "probs": {label: p}} for label, p in (("a", 0.9), ("b", 0.9), ("a", 0.55), ("a", 0.55))]
-    assert grm.calibration_error(records, predictions) == pytest.approx(0.5 * 0.4 + 0.5 * 0.45)
+    """Bins that overlap, end at their middles, are weighed alike however full, or lose what is certain."""
+    draw = np.random.default_rng(0)
+    sure, labels = np.append(draw.random(99), 1.0), draw.choice(["a", "b"], 100)
+    records, predictions = [{"label": "a"}] * 100, [{"label": x, "probs": {x: p}} for x, p in zip(labels, sure, strict=True)]
+    gaps = 0.0
+    for start in np.arange(15) / 15:
+        inside = (start <= sure) & (sure < start + 1 / 15) | (start == 14 / 15) & (sure == 1)
+        gaps += abs(sure[inside].sum() - (labels[inside] == "a").sum()) / 100
+    assert grm.calibration_error(records, predictions) == pytest.approx(gaps)
 
 
 def no_label(task):

@@ -467,6 +467,8 @@ def test_special_tokens_in_a_pair_stay_text(name, escape):
         assert forbidden_in(renderer, renderer.response(text)) == [renderer.eos_id]
     if name == "bpe":
         assert f"Document: a{escape}b<|im_end|>" in renderer.decode(renderer.prompt("winter", f"a{escape}b"))
+    own = replace(make_task(), criteria=f"Say {escape} in \\boxed{{grade}}.")  # nor a task's criteria
+    assert forbidden_in(renderer, Renderer(own, renderer.tokenizer).prompt("winter", "the winter")) == plain
 
 
 @EACH

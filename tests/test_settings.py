@@ -15,6 +15,7 @@ from conftest import NOTES
 
 import distill
 import grm
+import parallel
 import rollout
 import train
 
@@ -277,3 +278,21 @@ def test_a_setting_arrives(tasks, tmp_path, monkeypatch, unchanged, stage, base,
         unchanged[stage] = got
     elif stage in unchanged:
         assert got != unchanged[stage]
+
+
+@pytest.mark.parametrize("stage", [{"rl_steps": 0}, {"sft_steps": 0, "rl_steps": 1}], ids=["sft", "rl"])
+def test_the_sampling_model_follows_the_master_weights(tasks, tmp_path, monkeypatch, stage):
+    """On CUDA it is a bfloat16 copy; here it is made on CPU, and must follow every update of both stages."""
+    made, whole_copy = [], parallel.whole_copy
+
+    def bf16_copy(make, policy, ranks, bf16):
+        made.append((policy, whole_copy(make, policy, ranks, bf16=True)))
+        return made[0][1]
+
+    monkeypatch.setattr(parallel, "whole_copy", bf16_copy)
+    run(monkeypatch, train, tasks["rl"], tmp_path / "out", REINFORCED | {"sft_lr": 1e-2} | stage)
+    (policy, copied), fresh = made[0], grm.load_model(NOTES / "model", "cpu", seed=REINFORCED["seed"])[0]
+    buffers = [x.dtype for x in copied.buffers()]
+    assert buffers and set(buffers) == {torch.float32}  # rotary frequencies in bfloat16 would move far positions
+    for ours, theirs, before in zip(copied.parameters(), policy.parameters(), fresh.parameters(), strict=True):
+        assert torch.equal(ours, theirs.to(torch.bfloat16)) and not torch.equal(ours, before.to(torch.bfloat16))

@@ -8,10 +8,8 @@ import shutil
 import signal
 import subprocess
 import sys
-from functools import partial
 
 import pytest
-import torch
 from conftest import NOTES, ROOT
 from matplotlib.figure import Figure
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -19,7 +17,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import grm
 import parallel
 import rollout
-import sam
 import train
 
 SMALL = ["--sft_steps=4", "--sft_batch=4", "--rl_steps=4", "--prompts_per_step=3", "--group_size=2", "--eval_every=2"]
@@ -57,37 +54,6 @@ def stop_in(monkeypatch, owner, name, call):
         return original(*args, **settings)
 
     monkeypatch.setattr(owner, name, stopping)
-
-
-class Parts:
-    """What train.main makes of a task before its story begins, in one process."""
-
-    def __init__(self, monkeypatch, task, out, *flags):
-        self.config = train.parse_config([f"--task={task}", f"--out={out}", *SMALL, *flags])
-        self.ranks = parallel.Ranks()
-        model, tokenizer = grm.load_model(self.config.model, "meta")
-        context = model.config.max_position_embeddings
-        self.renderer = grm.Renderer(grm.Task.load(task), tokenizer, context, self.config.max_new_tokens)
-        self.data = train.load_data(self.config, self.renderer.task, self.renderer)
-        self.make = partial(train.make_policy, self.config.model, self.config)
-        self.policy = parallel.shard(self.make, self.ranks)
-        self.optimizer = torch.optim.AdamW(self.policy.parameters())
-        # Answers of a fresh model are all wrong, which gives no signal.
-        monkeypatch.setattr(
-            sam, "stepwise_credit", lambda *args: torch.linspace(-1, 1, int(args[3].sum()), device=args[3].device)
-        )
-
-    def train(self, stage, sampling_model):
-        """A stage of train.py; returns what it logs of its last step."""
-        logs = ("metrics", "tests", "timing", "samples")
-        progress = parallel.Progress(f"{self.config.out}-{stage}", {}, self.ranks, stage=stage, logs=logs)
-        progress.start(self.policy, self.optimizer)
-        rest = (self.data, self.config, self.ranks, progress)
-        if stage == "sft":
-            train.sft(self.policy, sampling_model, self.optimizer, *rest)
-        else:
-            train.rl(self.policy, sampling_model, self.optimizer, self.renderer, *rest)
-        return lines(progress.out / "metrics.jsonl")[-1]
 
 
 def lines(path):
@@ -335,21 +301,6 @@ def test_batches_are_epochs_of_shuffles():
     drawn = [r for step in range(5) for r in parallel.epoch_batch(records, 4, step, 0, 1)]
     assert sorted(drawn[:10]) == records and sorted(drawn[10:]) == records and drawn[:10] != drawn[10:]
     assert parallel.epoch_batch(records, 4, 0, 0, 1) != parallel.epoch_batch(records, 4, 0, 7, 1)
-
-
-def test_sampler_copy_follows_the_master_weights(task, tmp_path, monkeypatch):
-    """On CUDA the sampler is a bfloat16 copy; here it is made on CPU, and must follow every update of both stages."""
-    flags = ["--sft_steps=1", "--rl_steps=1", "--sft_lr=1e-2", "--lr=1e-2", "--updates_per_batch=2"]
-    parts = Parts(monkeypatch, task, tmp_path / "out", *flags)
-    sampling_model = parallel.whole_copy(parts.make, parts.policy, parts.ranks, bf16=True).model
-    buffers = [x.dtype for x in sampling_model.buffers()]
-    assert buffers and set(buffers) == {torch.float32}  # rotary frequencies in bfloat16 would move far positions
-    for stage in ("sft", "rl"):
-        former = [p.clone() for p in sampling_model.parameters()]
-        parts.train(stage, sampling_model)
-        for ours, theirs in zip(sampling_model.parameters(), parts.policy.parameters(), strict=True):
-            assert torch.equal(ours, theirs.to(torch.bfloat16))
-        assert not any(torch.equal(a, b) for a, b in zip(former, sampling_model.parameters(), strict=True))
 
 
 def test_stages_come_in_order():
