@@ -1072,8 +1072,11 @@ def grade_file(renderer, engine, records, partial, header, args):
     for line in lines[1 : 1 + done]:
         with blaming(f"{partial}: damaged; delete it"):
             parse_json(line)
-    with parallel.naming(partial), open(partial, "wb") as file:
-        file.write(b"\n".join([header, *lines[1 : 1 + done], b""]))
+    kept = b"".join(line + b"\n" for line in lines[: 1 + done])
+    with parallel.naming(partial), open(partial, "ab") as file:
+        file.truncate(len(kept))
+        if not kept:
+            file.write(header + b"\n")
         with parallel.Bar(total=len(records), initial=done, desc="score", unit="pair") as bar:
             for start in range(done, len(records), args.batch_size):
                 batch = records[start : start + args.batch_size]
