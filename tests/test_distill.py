@@ -7,6 +7,7 @@ import math
 import os
 import runpy
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -619,7 +620,7 @@ def test_same_seed_same_bytes_and_gold_alone(task, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["classifier with dropout", "causal"])
 def test_a_stopped_run_goes_on_to_the_same_bytes(task, monkeypatch, capsys, kind):
-    """Stopped after step 3 of 6, then killed in the comparison, and each time started again: metrics and weights are those
+    """Stopped while the teacher is asked and after step 3 of 6, then killed in the comparison, and each time started again: metrics and weights are those
     of a run that was left alone."""
     flags = ["--steps=6", "--save_every=4", f"--cache={task.parent / 'cache'}"]
     flags += [f"--student={task / 'model'}"] if kind == "causal" else []
@@ -638,7 +639,9 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(task, monkeypatch, capsys, kind
         assert not (out / "summary.json").exists()
         return [path.name for path in (out / "checkpoints").iterdir()]
 
-    # The teacher's stage asks twice, then each step.
+    stop = lambda: signal.raise_signal(signal.SIGTERM)  # while the teacher is asked
+    assert interrupted(rollout.Engine, "label_logits", 1, stop, FileNotFoundError) == ["000000"]
+    # The teacher's stage asks twice whether to stop, then each step.
     assert interrupted(parallel.Ranks, "stopping", 5, lambda: True, FileNotFoundError) == ["000003"]
     with pytest.raises(SystemExit, match="another run"):
         run(monkeypatch, task, *flags, "--lr=1")
