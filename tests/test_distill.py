@@ -620,15 +620,15 @@ def test_same_seed_same_bytes_and_gold_alone(task, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["classifier with dropout", "causal"])
 def test_a_stopped_run_goes_on_to_the_same_bytes(task, monkeypatch, capsys, kind):
-    """Stopped while the teacher is asked and after step 3 of 6, then killed in the comparison, and each time started again: metrics and weights are those
-    of a run that was left alone."""
+    """Stopped while the teacher is asked and after step 3 of 6, then killed in the comparison, and each time started again:
+    metrics and weights are those of a run that was left alone."""
     flags = ["--steps=6", "--save_every=4", f"--cache={task.parent / 'cache'}"]
     flags += [f"--student={task / 'model'}"] if kind == "causal" else []
     path = task / "student" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"mlp_dropout": 0.3, "embedding_dropout": 0.3}))
     calm, out, files = task.parent / "calm", task.parent / "out", ("metrics.jsonl", "model/model.safetensors")
     is_calm = lambda: all((out / name).read_bytes() == (calm / name).read_bytes() for name in files)
-    run(monkeypatch, task, *flags, out="calm")
+    run(monkeypatch, task, *flags, f"--cache={task.parent / 'other'}", out="calm")
 
     def interrupted(owner, name, number, instead, error):
         """A run in which the call of a function, by its number, does something else."""
