@@ -1073,7 +1073,7 @@ def grade_file(renderer, engine, records, partial, header, args):
         with blaming(f"{partial}: damaged; delete it"):
             parse_json(line)
     kept = b"".join(line + b"\n" for line in lines[: 1 + done])
-    with parallel.naming(partial), open(partial, "ab") as file:
+    with open(partial, "ab") as file:
         file.truncate(len(kept))
         if not kept:
             file.write(header + b"\n")
@@ -1081,10 +1081,13 @@ def grade_file(renderer, engine, records, partial, header, args):
             for start in range(done, len(records), args.batch_size):
                 batch = records[start : start + args.batch_size]
                 results = judge(renderer, engine, batch, args.explain)
+                lines = []
                 for record, result in zip(batch, results, strict=True):
                     line = json.dumps(scored(record, result), ensure_ascii=False)
-                    file.write(line.encode("utf-8", "backslashreplace") + b"\n")
-                file.flush()
+                    lines.append(line.encode("utf-8", "backslashreplace") + b"\n")
+                with parallel.clear_errors(partial):
+                    file.write(b"".join(lines))
+                    file.flush()
                 bar.update(len(batch))
 
 

@@ -105,15 +105,13 @@ def writing(path):
     RunError if it cannot be written; `path` is as it was.
     """
     unfinished = unfinished_path(path)
-    try:
-        _remove(unfinished)
-        yield unfinished
-        put_in_place(unfinished, path)
-    except RunError:
-        raise
-    except Exception as error:  # what torch, safetensors and tokenizers raise has no common class
-        _remove(unfinished)
-        raise RunError(f"{path}: cannot be written: {_first_line(error)}") from error
+    with clear_errors(f"{path}: cannot be written"):
+        try:
+            _remove(unfinished)
+            yield unfinished
+            put_in_place(unfinished, path)
+        finally:
+            _remove(unfinished)
 
 
 def unfinished_path(path):
@@ -225,16 +223,20 @@ def lock(path):
 
 
 @contextlib.contextmanager
-def naming(path):
-    """What fails in writing to an open file raises RunError that names it."""
+def clear_errors(what):
+    """Whatever fails inside raises RunError, one line that begins with `what`."""
     try:
-        yield
-    except OSError as error:
-        raise RunError(f"{path}: {error.strerror}") from error
-
-
-def _first_line(error):
-    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        with warnings.catch_warnings():
+            # With one process, that is meant.
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")
+            yield
+    except RunError:
+        raise
+    except (Exception, dcp.CheckpointException) as error:  # the latter is no Exception
+        failures = getattr(error, "failures", None)  # of several ranks
+        cause = next(iter(failures.values()))[0] if failures else error
+        first_line = str(cause).partition("\n")[0]
+        raise RunError(f"{what}: {type(cause).__name__}: {first_line}") from error
 
 
 # Ranks --------------------------------------------------------------------------------------------
@@ -740,7 +742,7 @@ class Progress:
             for key, value in record.items()
         }
         path = self.out / f"{name}.jsonl"
-        with naming(path), open(path, "a", encoding="utf-8") as file:
+        with clear_errors(path), open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(finite, ensure_ascii=False) + "\n")
         if self.board and name in ("metrics", "tests"):
             for key, value in record.items():
@@ -887,7 +889,7 @@ def save_tensors(folder, tensors):
     as a pickle. Raises RunError, on every rank, if any cannot write.
     """
     writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
-    with _clear_errors(f"{folder}: cannot be written"):
+    with clear_errors(f"{folder}: cannot be written"):
         dcp.save(tensors, storage_writer=writer, no_dist=not dist.is_initialized())
 
 
@@ -897,18 +899,5 @@ def load_tensors(folder, tensors):
     Raises RunError, on every rank, for a folder that is damaged or holds other tensors.
     """
     reader = dcp.HuggingFaceStorageReader(str(folder))
-    with _clear_errors(f"{folder}: cannot be read"):
+    with clear_errors(f"{folder}: cannot be read"):
         dcp.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
-
-
-@contextlib.contextmanager
-def _clear_errors(what):
-    try:
-        with warnings.catch_warnings():
-            # With one process, that is meant.
-            warnings.filterwarnings("ignore", "torch.distributed is disabled")
-            yield
-    except (Exception, dcp.CheckpointException) as error:  # the latter is no Exception
-        failures = getattr(error, "failures", None)
-        cause = next(iter(failures.values()))[0] if failures else error
-        raise RunError(f"{what}: {_first_line(cause)}") from error

@@ -192,7 +192,7 @@ def test_an_export_that_cannot_be_written(task, tmp_path, ranks):
     if ranks == 1:
         pairs = ["--model", task / "trained", "--task", task, "--pairs", task / "train.jsonl", "--max_new_tokens=8"]
         text = run(tmp_path / "x.jsonl", 1, program=["score", "score", *pairs], file_limit=500, code=1)
-        assert text.splitlines()[-1] == f"{tmp_path / 'x.jsonl.partial'}: File too large", text
+        assert text.splitlines()[-1] == f"{tmp_path / 'x.jsonl.partial'}: OSError: [Errno 27] File too large", text
 
 
 def test_what_is_printed_without_a_terminal(task, tmp_path):
