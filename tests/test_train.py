@@ -98,6 +98,8 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(task, tmp_path, monkeypatch, ca
     saved, to the files of a run that was left alone, byte for byte. With stages, mode balance, a KL and two updates a step."""
     write(task / "train.jsonl", [{**r, "stage": i % 2} for i, r in enumerate(lines(task / "train.jsonl"))])
     flags = ["--sft_coef=0.1", "--updates_per_batch=2", "--kl_coef=0.1"]
+    updates, update = [], parallel.Progress.optimizer_step
+    monkeypatch.setattr(parallel.Progress, "optimizer_step", lambda *args: updates.append(1) or update(*args))
     run(monkeypatch, task, tmp_path / "calm", *flags)
     stops = [
         (parallel.Progress, "optimizer_step", 2, "sft step 2"),
@@ -115,6 +117,7 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(task, tmp_path, monkeypatch, ca
         with open(tmp_path / "out" / "metrics.jsonl", "a") as file:
             file.write('{"stage": "rl", "step": 99}\n')  # as if killed later: what came after the checkpoint is redone
     run(monkeypatch, task, tmp_path / "out", *flags)
+    assert len(updates) == 2 * (4 + 2 * 4)  # none is done again
     for name in ("metrics.jsonl", "tests.jsonl", "samples.jsonl", "summary.json", "model/model.safetensors"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "calm" / name).read_bytes()
 
