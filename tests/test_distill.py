@@ -540,6 +540,8 @@ def test_classifier_loads_in_the_usual_libraries(task, monkeypatch):
     records = grm.Task.load(task).read(task / "test_random.jsonl")[:5]
     records[0]["document"] += " [SEP] ramen [PAD] [CLS]"
     student, *_ = make_student(task, f"--student={folder}")
+    student.encode(records)
+    assert all(r["encoded"]["input_ids"].count(student.tokenizer.sep_token_id) == 2 for r in records)  # but in the text
     pairs = [(r["query"], r["document"]) for r in records]
     scores = CrossEncoder(folder, device="cpu").predict(pairs, apply_softmax=True)
     texts = [{"text": query, "text_pair": document} for query, document in pairs]
