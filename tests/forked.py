@@ -28,7 +28,8 @@ def rank(argv, environment, output, file_limit):
 
 
 def run(argv, ranks=1, faults=(), restarts=0, file_limit=None):
-    """Exit code and output of `torchrun --nproc-per-node RANKS --max-restarts RESTARTS ARGV` (faults: tests/faulty.py)."""
+    """`torchrun --nproc-per-node RANKS --max-restarts RESTARTS ARGV`, with faults (tests/faulty.py): its exit code, what it
+    printed, and how often it started again."""
     os.environ |= {"PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}", "OMP_NUM_THREADS": "1"}
     context.set_forkserver_preload(["train", "distill", "torch.utils.tensorboard", "matplotlib.pyplot"])
     with tempfile.TemporaryDirectory() as folder:
@@ -38,7 +39,7 @@ def run(argv, ranks=1, faults=(), restarts=0, file_limit=None):
             code = _start(argv, ranks, environment, output, file_limit)
             if not code:
                 break
-        return code, output.read_text() if output.exists() else ""
+        return code, output.read_text() if output.exists() else "", attempt
 
 
 def _start(argv, ranks, environment, output, file_limit):

@@ -32,7 +32,7 @@ NOTES = HERE.parent / "data" / "notes"
 PHASES = {
     "train": {"evaluate": 0.2, "sample": 0.08, "forward": 0.08, "save": 0.03, "complete": 0.01},
     "distill": {"teacher": 0.05, "shard": 0.005, "student": 0.02, "save": 0.02, "complete": 0.01},
-    "score": {"judge": 0.1, "put": 0.001},
+    "score": {"judge": 0.03, "put": 0.001},
 }
 PHASES["train"] |= {"export": 0.02, "summary": 0.01}
 PHASES["distill"] |= {"student export": 0.02, "compare": 0.1, "summary": 0.01}
@@ -51,8 +51,8 @@ def plan(program, kills, ranks, seed):
     phases = list(PHASES[program])
     chosen = [phases[i % len(phases)] for i in range(kills)]
     chosen.sort(key=lambda phase: (phase not in EARLY, phase in LAST))
-    if chosen.count("put") > 1:
-        chosen = [phase for phase in chosen if phase != "put"] + ["put"]
+    if program == "score":  # which is over when OUT is put in its place
+        chosen = ["judge"] * (kills - 1) + ["put"]
     faults = []
     for phase in chosen:
         # On one rank alone, what rank 0 does alone; a call that every start reaches.
@@ -71,7 +71,7 @@ def compare(program, folder, kills, ranks, seed, flags, save_every=None):
     for name, its_faults in (("calm", []), ("killed", faults)):
         own = [f"--cache={folder / name}-labels"] if program == "distill" else []
         argv = [HERE / "faulty.py", program, *(["score"] if program == "score" else []), f"--out={folder / name}", *own, *flags]
-        code, text = forked.run(argv, ranks, its_faults, restarts=len(its_faults))
+        code, text, restarts = forked.run(argv, ranks, its_faults, restarts=len(its_faults))
         if code and not (folder / name).is_file():  # score's OUT is there: it was killed after all was done
             return [f"{name}: exit code {code}\n{text}"]
         done[name] = Counter((folder / f"{name}.units").read_text().split())
@@ -80,6 +80,10 @@ def compare(program, folder, kills, ranks, seed, flags, save_every=None):
             problems.append(f"{file}: differs")
     for i, fault in enumerate(faults):
         print(f"kill {i + 1}: rank {fault['rank']}, {fault['in']} call {fault['call']}, {fault['after'] * 1000:.0f} ms into it")
+    print(f"started again {restarts} times")
+    # The last kills may come when all is done already.
+    if restarts < kills - sum(fault["in"] in LAST for fault in faults):
+        problems.append(f"only {restarts} of {kills} kills happened")
     print(f"finished calls on rank 0, undisturbed: {dict(done['calm'])}; with {kills} kills: {dict(done['killed'])}")
     bounds = {"update": (save_every or 1), "teacher": 1, "judge": 1 if program == "score" else 99}
     for unit, bound in bounds.items():
@@ -119,7 +123,7 @@ def flags_of(program, task):
         return [f"--task={task}", f"--teacher={task / 'trained'}"]
     shutil.copy(task / "train.jsonl", task / "pairs.jsonl")
     files = [f"--task={task}", f"--model={task / 'trained'}", f"--pairs={task / 'pairs.jsonl'}"]
-    return [*files, "--batch_size=2", "--max_new_tokens=8"]
+    return [*files, "--batch_size=1", "--max_new_tokens=8"]
 
 
 def main():

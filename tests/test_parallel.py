@@ -49,7 +49,7 @@ def start(out, *flags, faults=()):
 
 def run(out, ranks, *flags, program=("train", *FLAGS), code=0, **settings):
     """What a program printed, which must end with the exit code."""
-    got, text = forked.run([HERE / "faulty.py", *program, f"--out={out}", *flags], ranks, **settings)
+    got, text, _ = forked.run([HERE / "faulty.py", *program, f"--out={out}", *flags], ranks, **settings)
     assert got == code, text
     return text
 
