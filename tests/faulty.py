@@ -27,6 +27,7 @@ import rollout
 import train
 
 torch.set_num_threads(1)
+distill.Cache.SHARD = 2  # so that a small task has many
 PROGRAMS = {"train": train.main, "distill": distill.main, "score": grm.main}
 PLACES = {
     "sample": (rollout, "sample"),

@@ -31,7 +31,7 @@ NOTES = HERE.parent / "data" / "notes"
 # Of each program: its phases, and about how many seconds each takes. Those that end the run are killed last.
 PHASES = {
     "train": {"evaluate": 0.2, "sample": 0.08, "forward": 0.08, "save": 0.03, "complete": 0.01},
-    "distill": {"teacher": 0.05, "shard": 0.005, "student": 0.02, "save": 0.02, "complete": 0.01},
+    "distill": {"teacher": 0.005, "shard": 0.003, "student": 0.02, "save": 0.02, "complete": 0.01},
     "score": {"judge": 0.03, "put": 0.001},
 }
 PHASES["train"] |= {"export": 0.02, "summary": 0.01}
