@@ -80,7 +80,7 @@ class Bar(tqdm):
             settings |= {
                 "bar_format": "{desc}: {n_fmt}/{total_fmt}, {rate_fmt}, {remaining} left{postfix}",
                 "mininterval": LINE_SECONDS,
-                "maxinterval": LINE_SECONDS,
+                "maxinterval": 2 * LINE_SECONDS,  # where no step ends in time
                 "file": io.StringIO(),  # takes tqdm's carriage returns
             }
         super().__init__(*args, dynamic_ncols=True, disable=not is_rank_0(), **settings)
