@@ -950,6 +950,8 @@ def main():
             student.encode(records[start : start + 1000])
     parallel.announce(ranks, bf16, student, {"pairs": pairs, **tests}, out)
     progress.start(student, optimizer)
+    if progress.saved is None and not grm.has_weights(config.student):
+        parallel.print0(f"{config.student}: holds no weights; fresh ones, of seed {config.seed}")
     ranks.stop_on_signals()
 
     # Stage 1: what the teacher thinks

@@ -533,14 +533,16 @@ class Renderer:
         self._labels = {label: self._behind_brace(label) for label in self.task.labels}
         self.label_ids = [ids[0] if ids else None for ids in self._labels.values()]
         unknown = self.tokenizer.unk_token_id
-        if len(set(self.label_ids)) < len(self._labels) or any(
-            unknown in ids for ids in self._labels.values()
-        ):
-            named = ", ".join(f"{label!r} = {ids}" for label, ids in self._labels.items())
+        path = self.task.folder / "criteria.md"
+        unwritten = [label for label, ids in self._labels.items() if not ids or unknown in ids]
+        if unwritten:
             raise TaskError(
-                f"criteria.md: labels whose first tokens coincide, or are unknown ({named}); "
+                f"{path}: labels that the tokenizer cannot write ({', '.join(unwritten)}); "
                 "rename them"
             )
+        if len(set(self.label_ids)) < len(self._labels):
+            named = ", ".join(f"{label!r} = {ids}" for label, ids in self._labels.items())
+            raise TaskError(f"{path}: labels whose first tokens coincide ({named}); rename them")
         # Labels as this tokenizer writes them: a word-level one may lower-case or space them.
         self._known = {}
         for label in self.task.labels:
@@ -868,7 +870,6 @@ def build_model(model_class, source, config, device, dtype, seed):
         return model, report
     if seed is None:
         raise TaskError(f"{source}: holds no weights (*.safetensors); train.py trains it")
-    print(f"{source}: holds no weights; fresh ones, of seed {seed}", file=sys.stderr)
     return model_class.from_config(config, **settings), nothing
 
 
@@ -1020,6 +1021,8 @@ def score_file(args):
     check_free(out, partial)
     if not out.absolute().parent.is_dir() or not os.access(out.absolute().parent, os.W_OK):
         raise TaskError(f"--out {out}: its folder does not exist, or cannot be written")
+    inputs = [args.model, Path(args.task or args.model) / "criteria.md", args.pairs]
+    inputs_hash = parallel.hash_inputs(inputs)  # before they are read: it refuses damaged ones
     renderer, engine = load_judge(args.model, args.task, args.max_new_tokens)
     records = renderer.task.read(args.pairs, required=())
     parallel.announce(parallel.Ranks(), False, engine.model, {args.pairs: records}, out)
@@ -1030,9 +1033,7 @@ def score_file(args):
         print(f"{cut} were cut to fit the model's context", file=sys.stderr)
 
     settings = {"explain": args.explain, "batch_size": args.batch_size}
-    settings["max_new_tokens"] = engine.max_new_tokens
-    inputs = [args.model, renderer.task.folder / "criteria.md", args.pairs]
-    settings["inputs"] = parallel.hash_inputs(inputs)
+    settings |= {"max_new_tokens": engine.max_new_tokens, "inputs": inputs_hash}
     header = json.dumps(settings).encode()
     with parallel.lock(lock):
         check_free(out, partial)  # once more: nobody else can write it now

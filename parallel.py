@@ -174,9 +174,11 @@ def check_folder(folder, hint, hashes=None):
         return
     written = read_json(Path(folder) / "checksums.json", hint)
     found = hashes or hash_folder(folder)
-    damaged = [name for name in written if found.get(name) != written[name]]
-    if damaged:
-        raise RunError(f"{folder}: {', '.join(damaged)} missing, or not as written; {hint}")
+    for name, value in written.items():
+        if name not in found:
+            raise RunError(f"{folder}: {name} is missing; {hint}")
+        if found[name] != value:
+            raise RunError(f"{folder}: {name} is not as it was written; {hint}")
 
 
 def read_json(path, hint):
@@ -350,7 +352,7 @@ class Ranks:
     def _on_signal(self, number, frame):
         self.asked_to_stop = True
         signal.signal(number, signal.SIG_DFL)
-        print0("stopping as soon as this step is whole; once more to stop at once, unsaved")
+        print0("stopping; once more to stop at once, unsaved")
         if self.interruptible:
             self.interruptible = False
             raise KeyboardInterrupt
@@ -616,8 +618,9 @@ class Progress:
                 setattr(self, name, state[name])
             logs = state["logs"]
             self.saved = (self.stage, self.step)
-            print0(f"resumed {newest} at {self.stage} step {self.step}")
         self.ranks.on_rank_0(self._truncate_logs, logs)
+        if newest is not None:
+            print0(f"resumed {newest} at {self.stage} step {self.step}")
         self.board = None
         if self.ranks.rank == 0:
             with contextlib.suppress(ImportError):
@@ -646,7 +649,7 @@ class Progress:
                 if hashlib.sha256(file.read(size)).hexdigest() != sha256:
                     raise RunError(
                         f"{path}: shorter than at the newest checkpoint, or changed; "
-                        f"delete {self.out} to begin again"
+                        f"put it back, or delete {self.out} to begin again"
                     )
                 file.truncate(size)
 

@@ -588,6 +588,8 @@ def main():
         policy.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=config.weight_decay
     )
     progress.start(policy, optimizer)
+    if progress.saved is None and not grm.has_weights(config.model):
+        parallel.print0(f"{config.model}: holds no weights; fresh ones, of seed {config.seed}")
     sampling_model = parallel.whole_copy(make, policy, ranks, bf16).model
     ranks.stop_on_signals()
 

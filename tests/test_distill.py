@@ -445,7 +445,7 @@ def test_cache_is_reused_resumed_and_refused_when_stale(task, monkeypatch):
         whole = (folder / name).read_bytes()
         for damaged in (whole[:-9], whole[:-3] + b"x" + whole[-2:]):
             (folder / name).write_bytes(damaged)
-            with pytest.raises(parallel.RunError, match=rf"{folder}.*(damaged|not as written); .*delete it"):
+            with pytest.raises(parallel.RunError, match=rf"{folder}.*(damaged|not as it was written); .*delete it"):
                 teach(teacher, pairs)
         (folder / name).write_bytes(whole)
     for changed in (([{**pairs[0], "document": "another"}, *pairs[1:]],), (pairs, "another")):

@@ -697,7 +697,7 @@ ALIKE = "bpe 1 10, bpe good gum bad, unigram 11 12, words apple pear, words -1 0
 def test_labels_that_cannot_be_told_apart_are_refused(case):
     """Labels that share the position they are read from, or come back as <unk>: every answer would be malformed, silently."""
     name, *labels = case.split()
-    with pytest.raises(TaskError, match="first tokens coincide, or are unknown"):
+    with pytest.raises(TaskError, match=r"first tokens coincide|cannot write"):
         make_renderer(name, tuple(labels))
 
 
@@ -1126,6 +1126,10 @@ def test_score_refuses_to_mix_or_overwrite(score_arguments, trained, tmp_path, m
     out.write_text("mine")
     assert "exists; delete it or choose another name" in run(monkeypatch, *score_arguments(), out)
     assert out.read_text() == "mine"
+    with monkeypatch.context() as patched:  # one that appears while the run is prepared
+        prompts, other = Renderer.prompts, tmp_path / "other.jsonl"
+        patched.setattr(Renderer, "prompts", lambda *args: other.write_text("theirs") and prompts(*args))
+        assert "exists; delete it" in run(patched, *score_arguments(), other) and other.read_text() == "theirs"
     assert "folder does not exist" in run(monkeypatch, *score_arguments(), tmp_path / "no" / "out.jsonl")
 
 
@@ -1193,6 +1197,10 @@ def test_judge_refuses_what_it_cannot_use(trained, tmp_path, monkeypatch, capsys
     folders = ["--model", trained, "--task", NOTES, "--max_new_tokens", 2]
     assert "'query' is missing, empty" in str(run(monkeypatch, "judge", *folders, " ", "kids"))
     assert run(monkeypatch, "judge", "--model", NOTES, "--task", NOTES, "q", "d").startswith(f"{NOTES}: no config.json")
+    damaged = Path(shutil.copytree(trained, tmp_path / "damaged"))
+    hashes = {path.name: "0" for path in damaged.glob("*.json")}
+    (damaged / "checksums.json").write_text(json.dumps(hashes))
+    assert "is not as it was written" in run(monkeypatch, "judge", *folders, "--model", damaged, "q", "d")
     assert "holds no weights" in run(monkeypatch, "judge", *folders, "--model", NOTES / "model", "q", "d")
     edit_json(Path(shutil.copytree(trained, tmp_path / "model")) / "config.json", layer_types=["sliding_attention"] * 3)
     assert "sliding-window" in run(monkeypatch, "judge", *folders, "--model", tmp_path / "model", "q", "d")

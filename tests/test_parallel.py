@@ -248,12 +248,12 @@ def test_checkpoints_that_do_not_fit_are_refused(task, tmp_path, monkeypatch):
     (weights,) = (own / "model").glob("*.safetensors")
     other = f"{out}: holds another run"
     refused(rf"{other} \(other contents", own / "train.jsonl", lambda old: old + (task / "test_random.jsonl").read_bytes())
-    refused(r"model\.safetensors missing, or not as written; if that is meant", weights, lambda old: old[:-4] + b"1234")
+    refused(r"model\.safetensors is not as it was written; if that is meant", weights, lambda old: old[:-4] + b"1234")
     refused(rf"{other} \(--lr 0.0003\)", own / "train.jsonl", bytes, "--lr=1")
     refused(rf"{other} \(--model {own}", own / "train.jsonl", bytes, f"--model={task / 'model'}")
     for damage in (lambda old: old[:-1000], lambda old: old[:-1] + bytes([old[-1] ^ 1]), lambda old: b""):
-        refused(rf"{shard.name} missing, or not as written; delete {checkpoint}", shard, damage)
-        refused(r"state\.json missing, or not as written", checkpoint / "state.json", damage)
+        refused(rf"{shard.name} is not as it was written; delete {checkpoint}", shard, damage)
+        refused(r"state\.json is not as it was written", checkpoint / "state.json", damage)
         refused(r"metrics\.jsonl: shorter than at the newest checkpoint, or changed", out / "metrics.jsonl", damage)
     refused(r"checksums\.json: damaged; delete", checkpoint / "checksums.json", lambda old: old[:-9])
     refused(r"config\.json: damaged; choose", out / "config.json", lambda old: old[:-3])
@@ -365,7 +365,7 @@ assert list(progress.steps(3)) == [] and torch.equal(again.weight, policy.weight
 assert all(torch.equal(moments.state[a][k], optimizer.state[b][k]) for k in ("step", "exp_avg", "exp_avg_sq")
            for a, b in zip(again.parameters(), policy.parameters()))
 (progress.checkpoints.newest() / "state.json").write_text("[]")
-refused("not as written", a=1, b=1)
+refused("not as it was written", a=1, b=1)
 progress.save_summary()
 progress.finish()
 assert not progress.checkpoints.folder.exists() and len(open("out/metrics.jsonl").readlines()) == 3

@@ -206,8 +206,8 @@ REFUSED = {
     "no step labels": (
         break_file("train.jsonl", second_line(f'{{{PAIR}, "label": 1}}')), [], r"train\.jsonl:2: no step_labels; use --step",
     ),
-    "coinciding labels": (
-        break_file("criteria.md", lambda old: old.replace('"3"]  #', '"3", "3 stars"]  #')), [], "first tokens coincide",
+    "labels that cannot be written": (
+        break_file("criteria.md", lambda old: old.replace('"3"]  #', '"3", "3 stars"]  #')), [], r"cannot write \(3 stars\)",
     ),
     "no tokenizer": (lambda task: (task / "model" / "tokenizer.json").unlink(), [], "no tokenizer"),
     "no chat template": (lambda task: (task / "model" / "chat_template.jinja").unlink(), [], "no chat template"),
