@@ -337,6 +337,19 @@ def read_pairs(config, task):
     return pairs, tests
 
 
+def encode(teacher, student, pairs, tests):
+    """Encode all that teacher and student will read: what does not fit is named before any work."""
+    if teacher:
+        teacher.encode(pairs, teacher.config.samples)
+        for records in tests.values():
+            teacher.encode(records, samples=1)
+    for name, records in {"pairs": pairs, **tests}.items():
+        starts = range(0, len(records), 1000)
+        bar = parallel.Bar(starts, desc=f"{name}: x 1,000", delay=parallel.LINE_SECONDS)
+        for start in bar:
+            student.encode(records[start : start + 1000])
+
+
 # Stage 1: what the teacher thinks -----------------------------------------------------------------
 
 
@@ -939,15 +952,7 @@ def main():
     make = student_maker(config, task, teacher)
     student = parallel.shard(make, ranks, bf16)
     optimizer = torch.optim.AdamW(student.parameters(), weight_decay=config.weight_decay)
-    if teacher:
-        teacher.encode(pairs, config.samples)
-        for records in tests.values():
-            teacher.encode(records, 1)
-    for name, records in {"pairs": pairs, **tests}.items():
-        starts = range(0, len(records), 1000)
-        bar = parallel.Bar(starts, desc=f"{name}: x 1,000", delay=parallel.LINE_SECONDS)
-        for start in bar:
-            student.encode(records[start : start + 1000])
+    encode(teacher, student, pairs, tests)
     parallel.announce(ranks, bf16, student, {"pairs": pairs, **tests}, out)
     progress.start(student, optimizer)
     if progress.saved is None and not grm.has_weights(config.student):
