@@ -624,7 +624,7 @@ class Renderer:
             if token not in self._closers:
                 continue
             found = self._boxed(body[window : at + 1])
-            if window:
+            if window:  # its first token may hold a whole box, which was counted before
                 found = found[len(self._boxed(body[window : window + 1])) :]
             window = at
             if len(found) > min(1, len(boxes) - len(steps)):

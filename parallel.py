@@ -697,7 +697,7 @@ class Progress:
         try:
             self.ranks.interruptible = True
             yield
-            self.ranks.interruptible = False
+            self.ranks.interruptible = False  # here, where a last signal is still caught below
         except KeyboardInterrupt:
             if not self.ranks.asked_to_stop:
                 raise
