@@ -5,12 +5,12 @@ A batch is a tree:
 
     common prefix  ->  P prompts  ->  N answers
 
-Sampling prefills the prefix and each prompt once and decodes all answers against the shared keys;
-training packs the tree into one row of tokens without padding, so the linear layers see every token
-once. Attention is a single softmax over the scores against ancestors and own tokens: training and
-prefill compute it with `attend`, decoding over its cache (`_Decode.attend`), and training on CUDA
-is one FlexAttention call (`Tree.block_mask`). It is registered with transformers'
-AttentionInterface under the name "tree" and runs decoder-only Hugging Face models unchanged.
+Sampling prefills the prefix and each prompt once and decodes all answers against the cached keys;
+training packs the tree into one row of tokens without padding. In both, a query's keys lie in up to
+three segments (prefix, prompt, own), and `attend` is all there is to attention: for each segment one
+fused kernel gives an output and a log-sum-exp, and the outputs are merged by their log-sum-exps.
+It is registered with transformers' AttentionInterface under the name "tree" and runs decoder-only
+Hugging Face models unchanged.
 
     use_tree_attention(model)                     # once; refuses models that it cannot run
     sampled = sample(model, prompts, group_size=8, max_new_tokens=64, eos_id=2, seed=0, step=7)
@@ -19,155 +19,261 @@ AttentionInterface under the name "tree" and runs decoder-only Hugging Face mode
 
 This file needs torch, numpy and transformers only; copy it alone.
 
-Shapes: P prompts, G answers a prompt, N = P * G rows (answers), T answer positions, S packed
-tokens, A answer tokens, Y labels, H attention heads, K key-value heads, R rows of one level,
-L positions of a row, E = H / K query heads for each key-value head, B blocks and C keys of a
-segment, D head size (for hidden states: model width), V vocabulary.
+Shapes: P prompts, G answers a prompt, N = P * G answers, T answer positions, S packed tokens,
+A answer tokens (in decoding: running sequences), Y labels, H attention heads, K key-value heads,
+n sequences of at most L queries and C keys, W width of a cache slot, D head size (for hidden
+states: model width), V vocabulary.
 """
 
 import runpy
 import sys
+from collections import deque
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
+from itertools import accumulate, chain, islice
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-from torch.utils.checkpoint import checkpoint
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-# Attention over a tree ----------------------------------------------------------------------------
-
-# Devices with a fused kernel for `attend`. Elsewhere its scores are stored, so many at a time.
-FUSED = {"cpu"}
-SCORES = 2**28
-# Devices where the packed tree is trained by torch's FlexAttention, one kernel over all levels.
-FLEX = {"cuda"}
+# Attention: one kernel a segment, merged by log-sum-exp -------------------------------------------
 
 
-def attend(q_KRELD, segments, scale):
-    """Attention of R rows of L queries over segments of keys, with one softmax over all of them.
+class Sequences:
+    """Where n sequences lie in one tensor: packed behind each other, or each in a slot of a cache.
 
-    segments: triples (k_KBCD, v_KBCD, mask). B divides R, and each of the B blocks is shared by
-    R / B consecutive rows, without a copy.
-    mask: None (all visible); an additive mask [1, B, 1, C]; or "causal" (own tokens: B = R, C = L).
-    Every query must see at least one key.
-    Returns [K, R, E, L, D] in q's dtype; the softmax is in float32.
+    lengths: ints. order: the rows of the packed tensor [S, ...], sequence by sequence; without it
+    they stand there in this order. width: of the slots of a cache [n, W, ...]. most: a bound of the
+    lengths, where a CUDA graph is to hold for others too.
+    cu: int32 [n + 1], where each begins, as the fused CUDA kernels take it. used: int32 [n], the
+    lengths of sequences in slots.
     """
-    K, R, E, L, D = q_KRELD.shape
-    if L > 1 and q_KRELD.device.type in FUSED:
-        masks = [mask for *_, mask in segments]
-        keys_values = [x for k, v, _ in segments for x in (k, v)]
-        return _FusedAttend.apply(q_KRELD, scale, masks, *keys_values)
-    sizes = [k.shape[2] for k, _, _ in segments]
-    # Rows that share a block stay together.
-    sharing = max(R // k.shape[1] if k.shape[1] > 1 else 1 for k, _, _ in segments)
-    rows = max(1, SCORES // (K * E * L * sum(sizes)) // sharing) * sharing
-    if rows < R:
-        return _attend_in_parts(q_KRELD, segments, scale, rows)
-    q_KRELD = q_KRELD * scale
-    scores = []
-    for k, _, mask in segments:
-        B, C = k.shape[1], k.shape[2]
-        segment = q_KRELD.reshape(K, B, -1, D) @ k.transpose(-1, -2)
-        if isinstance(mask, torch.Tensor):
-            segment = segment + mask
-        segment = segment.view(K, R, E, L, C)
-        if mask == "causal":
-            segment = segment + torch.full((L, L), float("-inf"), device=k.device).triu(1)
-        scores.append(segment)
-    probs = torch.softmax(torch.cat(scores, -1), -1, dtype=torch.float32).to(q_KRELD.dtype)
-    out = 0
-    for (_, v, _), weights in zip(segments, probs.split(sizes, -1), strict=True):
-        out = out + (weights.reshape(K, v.shape[1], -1, v.shape[2]) @ v).view(K, R, E, L, D)
-    return out
+
+    def __init__(self, lengths, device, *, order=None, width=None, most=None):
+        self.lengths = lengths
+        self.longest = max(lengths)
+        self.most = most or width or self.longest
+        self.width = width
+        self.order = self.used = None
+        self.in_order = order is None or order == sorted(order)
+        starts = [0, *accumulate(lengths)]
+        if order is not None:
+            self.order = torch.tensor(order, device=device)
+        if width is not None:
+            starts = range(0, (len(lengths) + 1) * width, width)
+            self.used = torch.tensor(lengths, dtype=torch.int32, device=device)
+        self.cu = torch.tensor(starts, dtype=torch.int32, device=device)
+
+    @cached_property
+    def is_even(self):
+        """Whether all sequences are equally long."""
+        return min(self.lengths) == self.longest
+
+    @cached_property
+    def cells_S(self):
+        """Of each packed row, its cell in the padded table of n * longest; None for a mere view."""
+        if self.is_even and self.in_order:
+            return None
+        starts = range(0, len(self.lengths) * self.longest, self.longest)
+        cells = [range(start, start + n) for start, n in zip(starts, self.lengths, strict=True)]
+        cells_S = torch.tensor([*chain(*cells)], device=self.cu.device)
+        if self.order is None:
+            return cells_S
+        return torch.empty_like(cells_S).index_copy_(0, self.order, cells_S)
+
+    @cached_property
+    def mask(self):
+        """Additive [n, 1, 1, longest], float32, -inf behind each sequence's end; None if even."""
+        if self.is_even:
+            return None
+        lengths_n1 = torch.tensor(self.lengths, device=self.cu.device)[:, None]
+        is_behind = torch.arange(self.longest, device=self.cu.device) >= lengths_n1
+        mask = torch.zeros(is_behind.shape, device=self.cu.device)
+        return mask.masked_fill_(is_behind, float("-inf"))[:, None, None]
+
+    def pad(self, x):
+        """[n, longest, ...] of packed rows [S, ...], zeros behind each; or of slots [n, W, ...]."""
+        if self.width is not None:
+            return x[: len(self.lengths), : self.longest]
+        shape = (len(self.lengths), self.longest, *x.shape[1:])
+        if self.cells_S is None:
+            return x.reshape(shape)
+        return x.new_zeros(shape).flatten(0, 1).index_copy(0, self.cells_S, x).view(shape)
+
+    def unpad(self, x):
+        """Packed rows [S, ...] of [n, longest, ...]."""
+        flat = x.flatten(0, 1)
+        return flat if self.cells_S is None else flat.index_select(0, self.cells_S)
 
 
-@cache
-def _compiled_flex_attention():
-    return torch.compile(flex_attention)
+@dataclass
+class Segment:
+    """Which queries see which keys, for one kernel: query sequence i sees key sequence i.
+
+    rows, columns: slices of the packed queries and keys; all, where not given. causal: a token sees
+    its own sequence up to itself; else every query sees all keys of its sequence. own: the
+    first segment of its rows, with which the merge begins.
+    """
+
+    queries: Sequences
+    keys: Sequences
+    rows: object = ...
+    columns: object = ...
+    causal: bool = False
+    own: bool = False
 
 
-def _attend_in_parts(q_KRELD, segments, scale, rows):
-    """`attend` for `rows` rows at a time; the backward pass computes their scores again."""
-    R = q_KRELD.shape[1]
-    outs = []
-    for start in range(0, R, rows):
-        end = min(R, start + rows)
-        part = []
-        for k, v, mask in segments:
-            B = k.shape[1]
-            blocks = slice(None) if B == 1 else slice(start * B // R, end * B // R)
-            if isinstance(mask, torch.Tensor):
-                mask = mask[:, blocks]
-            part.append((k[:, blocks], v[:, blocks], mask))
-        outs.append(checkpoint(attend, q_KRELD[:, start:end], part, scale, use_reentrant=False))
-    return torch.cat(outs, 1)
+def attend(q_SHD, parts, scale):
+    """Attention of packed queries over segments of keys, with one softmax over all of them.
+
+    parts: triples (segment, keys, values); keys and values are packed, [C, K, D], or in the slots
+    of a cache, [n, W, K, D]. Every row's own segment comes before its others.
+    Returns the output [S, H, D] and the log-sum-exp [S, H] of the scores, both in float32.
+    """
+    out_SHD = torch.empty(q_SHD.shape, device=q_SHD.device)
+    lse_SH = torch.empty(q_SHD.shape[:2], device=q_SHD.device)
+    for segment, k, v in parts:
+        rows = segment.rows
+        part, part_lse = flash(q_SHD[rows], k, v, segment, scale)
+        if segment.own:
+            out_SHD[rows] = part
+            lse_SH[rows] = part_lse
+        else:
+            # exp(log-sum-exp) is a segment's weight in the softmax over both.
+            share = torch.sigmoid(part_lse - lse_SH[rows])
+            out_SHD[rows].lerp_(part.float(), share[..., None])
+            lse_SH[rows] = torch.logaddexp(lse_SH[rows], part_lse)
+    return out_SHD, lse_SH
 
 
-_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+class PackedAttention(torch.autograd.Function):
+    """`attend` with exact gradients, where queries and keys are the same packed tokens.
 
-
-class _FusedAttend(torch.autograd.Function):
-    """`attend` on CPU for rows of several queries: a fused kernel a segment, and their merge.
-
-    Scores are never stored. With lse over all segments, a segment's part of the probabilities is
-    exp(score - lse), so the kernel's backward, given the merged output and lse, returns exactly
-    this segment's gradients (as in ring attention).
+    With the log-sum-exp over all segments, a segment's part of the probabilities is
+    exp(score - lse). So its kernel's own backward, given the merged output and log-sum-exp, returns
+    exactly this segment's gradients (as in ring attention, arXiv 2310.01889).
     """
 
     @staticmethod
-    def _views(mask, k, v, queries):
-        """A segment as the kernel takes it: queries, k, v as [batch, heads, ...], causal, mask."""
-        K, R, E, L = queries[0].shape[:4]
-        B, C = k.shape[1:3]
-        if isinstance(
-            mask, str
-        ):  # "causal", own keys: every query head of a row is a head for itself
-            queries = [x.reshape(K, R * E, L, *x.shape[4:]) for x in queries]
-            return queries, k.repeat_interleave(E, 1), v.repeat_interleave(E, 1), True, None
-        if mask is not None:
-            mask = mask.to(k.dtype).expand(K, B, R // B * E * L, C)
-        queries = [x.reshape(K, B, R // B * E * L, *x.shape[4:]) for x in queries]
-        return queries, k, v, False, mask
-
-    @classmethod
-    def forward(cls, ctx, q, scale, masks, *keys_values):
-        """Attention to each segment, and their merge; keys_values: k and v, segment by segment."""
-        outs = []
-        lses = []
-        for mask, k, v in zip(masks, keys_values[::2], keys_values[1::2], strict=True):
-            (queries,), k, v, causal, mask = cls._views(mask, k, v, [q])
-            out, lse = _flash(queries, k, v, 0.0, causal, attn_mask=mask, scale=scale)
-            outs.append(out.reshape(q.shape))
-            lses.append(lse.reshape(q.shape[:-1]))
-        lse = torch.logsumexp(torch.stack(lses), 0)
-        merged = 0
-        for out, own_lse in zip(outs, lses, strict=True):
-            merged = merged + out * (own_lse - lse).exp()[..., None].to(q.dtype)
-        ctx.save_for_backward(q, merged, lse, *keys_values)
+    def forward(ctx, q_SHD, k_SKD, v_SKD, segments, scale):
+        """Output [S, H, D] in q's dtype."""
+        parts = [(s, k_SKD[s.columns], v_SKD[s.columns]) for s in segments]
+        out_SHD, lse_SH = attend(q_SHD, parts, scale)
+        out_SHD = out_SHD.to(q_SHD.dtype)
+        ctx.save_for_backward(q_SHD, k_SKD, v_SKD, out_SHD, lse_SH)
+        ctx.segments = segments
         ctx.scale = scale
-        ctx.masks = masks
-        return merged
+        return out_SHD
 
-    @classmethod
-    def backward(cls, ctx, grad):
-        """Exact gradients: each segment's kernel gets the merged output and log-sum-exp."""
-        q, merged, lse, *keys_values = ctx.saved_tensors
-        grad_q = 0
-        grads = []
-        for mask, k, v in zip(ctx.masks, keys_values[::2], keys_values[1::2], strict=True):
-            views = cls._views(mask, k, v, [grad, q, merged, lse])
-            (own_grad, own_q, out, total), keys, values, causal, mask = views
-            arguments = (own_grad, own_q, keys, values, out, total, 0.0, causal)
-            dq, dk, dv = _flash_backward(*arguments, attn_mask=mask, scale=ctx.scale)
-            grad_q = grad_q + dq.reshape(q.shape)
-            for d in (dk, dv):
-                grads.append(d.unflatten(1, (k.shape[1], -1)).sum(2))  # over heads that share a key
-        return grad_q, None, None, *grads
+    @staticmethod
+    def backward(ctx, grad_SHD):
+        """Gradients of queries, keys and values, summed over the segments in float32."""
+        q, k, v, out, lse = ctx.saved_tensors
+        grad_q, grad_k, grad_v = (torch.zeros(x.shape, device=x.device) for x in (q, k, v))
+        for segment in ctx.segments:
+            rows = segment.rows
+            columns = segment.columns
+            of_queries = (grad_SHD[rows], q[rows], out[rows], lse[rows])
+            of_keys = (k[columns], v[columns])
+            dq, dk, dv = flash_backward(*of_queries, *of_keys, segment, ctx.scale)
+            grad_q[rows] += dq
+            grad_k[columns] += dk
+            grad_v[columns] += dv
+        return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype), None, None
+
+
+# The fused kernels that torch brings. On CUDA, torch.nn.attention.activate_flash_attention_impl
+# puts those of the flash-attn package in their place.
+_cpu_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_cpu_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+_cuda_flash = torch.ops.aten._flash_attention_forward
+_cuda_flash_backward = torch.ops.aten._flash_attention_backward
+
+
+def on_cuda_kernels(x):
+    """Whether the CUDA kernels, which take packed sequences, run on queries like these."""
+    half = x.dtype in (torch.bfloat16, torch.float16)
+    return x.is_cuda and half and x.shape[-1] % 8 == 0 and x.shape[-1] <= 256
+
+
+def flash(q_SHD, k, v, segment, scale):
+    """One segment's output [S, H, D] and log-sum-exp [S, H], by one call of a fused kernel."""
+    queries = segment.queries
+    keys = segment.keys
+    if on_cuda_kernels(q_SHD):
+        if keys.used is not None:
+            k, v = k.flatten(0, 1), v.flatten(0, 1)
+        sizes = (queries.cu, keys.cu, queries.most, keys.most)
+        options = {"scale": scale, "seqused_k": keys.used}
+        q = q_SHD if queries.order is None else q_SHD[queries.order]
+        out, lse, *_ = _cuda_flash(q, k, v, *sizes, 0.0, segment.causal, False, **options)
+        if queries.order is None:
+            return out, lse.T
+        of_rows = (out, lse.T.contiguous())
+        return [torch.empty_like(x).index_copy_(0, queries.order, x) for x in of_rows]
+    q, k, v = (x.transpose(1, 2) for x in (queries.pad(q_SHD), keys.pad(k), keys.pad(v)))
+    kernel = _cpu_flash if q.device.type == "cpu" else formula
+    mask = None if segment.causal else keys.mask
+    out, lse = kernel(q, k, v, 0.0, segment.causal, attn_mask=mask, scale=scale)
+    return queries.unpad(out.transpose(1, 2)), queries.unpad(lse.transpose(1, 2))
+
+
+def flash_backward(grad_SHD, q_SHD, out_SHD, lse_SH, k_CKD, v_CKD, segment, scale):
+    """One segment's gradients of queries, keys and values, from the output and log-sum-exp of all
+    segments together.
+    """
+    queries = segment.queries
+    keys = segment.keys
+    if on_cuda_kernels(q_SHD):
+        tensors = (grad_SHD, q_SHD, k_CKD, v_CKD, out_SHD, lse_SH.T.contiguous())
+        sizes = (queries.cu, keys.cu, queries.most, keys.most)
+        # The state of dropout's random generator, which nothing uses.
+        state = (torch.zeros(2, dtype=torch.uint64, device=q_SHD.device), q_SHD.new_empty(0))
+        return _cuda_flash_backward(*tensors, *sizes, 0.0, segment.causal, *state, scale=scale)
+    grad, q, out, lse = (queries.pad(x).transpose(1, 2) for x in (grad_SHD, q_SHD, out_SHD, lse_SH))
+    k, v = (keys.pad(x).transpose(1, 2) for x in (k_CKD, v_CKD))
+    kernel = _cpu_flash_backward if q.device.type == "cpu" else formula_backward
+    mask = None if segment.causal else keys.mask
+    tensors = (grad, q, k, v, out, lse)
+    dq, dk, dv = kernel(*tensors, 0.0, segment.causal, attn_mask=mask, scale=scale)
+    dk, dv = (keys.unpad(x.transpose(1, 2)) for x in (dk, dv))
+    return queries.unpad(dq.transpose(1, 2)), dk, dv
+
+
+def formula(q_nHLD, k_nKCD, v_nKCD, dropout_p, is_causal, *, attn_mask, scale):
+    """Output and log-sum-exp by the formula, scores stored, in the signature of the fused CPU
+    kernel: for dtypes, head sizes and devices without a kernel.
+    """
+    scores_nHLC = _scores(q_nHLD, k_nKCD, is_causal, attn_mask, scale)
+    lse_nHL = torch.logsumexp(scores_nHLC, -1)
+    probs_nHLC = (scores_nHLC - lse_nHL[..., None]).exp().to(v_nKCD.dtype)
+    return probs_nHLC @ _for_queries(v_nKCD, q_nHLD), lse_nHL
+
+
+def formula_backward(grad, q, k, v, out, lse, dropout_p, is_causal, *, attn_mask, scale):
+    """The backward of `formula`, in the signature of the fused CPU kernel's."""
+    probs = (_scores(q, k, is_causal, attn_mask, scale) - lse[..., None]).exp()
+    of_probs = (grad @ _for_queries(v, q).mT).float() - (grad * out).sum(-1, keepdim=True)
+    of_scores = (probs * of_probs * scale).to(q.dtype)
+    # Query heads that share a key head add up.
+    dk = (of_scores.mT @ q).unflatten(1, (k.shape[1], -1)).sum(2)
+    dv = (probs.to(q.dtype).mT @ grad).unflatten(1, (k.shape[1], -1)).sum(2)
+    return of_scores @ _for_queries(k, q), dk, dv
+
+
+def _scores(q_nHLD, k_nKCD, is_causal, attn_mask, scale):
+    scores_nHLC = (q_nHLD @ _for_queries(k_nKCD, q_nHLD).mT).float() * scale
+    if is_causal:
+        hidden_LC = torch.ones(scores_nHLC.shape[2:], dtype=torch.bool, device=q_nHLD.device)
+        return scores_nHLC.masked_fill(hidden_LC.triu(1), float("-inf"))
+    return scores_nHLC if attn_mask is None else scores_nHLC + attn_mask
+
+
+def _for_queries(x_nKCD, q_nHLD):
+    """Keys or values of each query head."""
+    return x_nKCD.repeat_interleave(q_nHLD.shape[1] // x_nKCD.shape[1], 1)
 
 
 def tree_attention(
@@ -175,8 +281,8 @@ def tree_attention(
 ):
     """What transformers' attention layers call: query [1, H, S, D], key and value [1, K, S, D].
 
-    `tree` holds the layout (and, when sampling, the cache); it travels through the model's forward
-    as a keyword argument.
+    `tree` is the layout: a Tree, or in sampling a Prefill or a Decode. It travels through the
+    model's forward as a keyword argument.
     """
     if tree is None:
         raise ValueError(
@@ -190,8 +296,10 @@ def tree_attention(
             "are not supported"
         )
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    out_SHD = tree.attend(module.layer_idx, query[0], key[0], value[0], scale)
-    return out_SHD[None], None
+    # Under autocast, rotary embeddings leave queries and keys in float32, values in bfloat16.
+    q_SHD, k_SKD, v_SKD = (x[0].transpose(0, 1).to(value.dtype) for x in (query, key, value))
+    out_SHD = tree.attend(module.layer_idx, q_SHD, k_SKD, v_SKD, scale)
+    return out_SHD.to(value.dtype)[None], None
 
 
 ALL_ATTENTION_FUNCTIONS.register("tree", tree_attention)
@@ -235,13 +343,6 @@ def common_prefix_length(prompts):
     return next((i for i in range(limit) if first[i] != last[i]), limit)
 
 
-def _padding_mask(lengths_B, width):
-    """Additive mask [1, B, 1, width]: 0 for the first lengths_B[b] keys of block b, -inf behind."""
-    hidden = torch.arange(width, device=lengths_B.device) >= lengths_B[:, None]
-    mask = torch.zeros(hidden.shape, device=hidden.device)
-    return mask.masked_fill(hidden, float("-inf"))[None, :, None]
-
-
 def _check_prompts(prompts):
     if not prompts or not all(len(p) for p in prompts):
         raise ValueError("every prompt needs at least one token; got an empty prompt or no prompts")
@@ -251,12 +352,11 @@ def _check_prompts(prompts):
 
 
 class Tree:
-    """The packed layout of one batch for training: common prefix, prompts, answers in a row [1, S].
+    """The packed layout of one batch for training: common prefix, all prompts, all answers.
 
     prompts: P lists of token ids. answers: for each prompt the list of its answers, each a list of
-    at least one id. A prompt with a single answer is packed with it as one row of the prompt level.
-    Without any prompt it is a dummy of one token, which runs forward and backward with A = 0 answer
-    tokens: for a rank that has no work while others have.
+    at least one id. Without any prompt it is a dummy of one token, which runs forward and backward
+    with A = 0 answer tokens: for a rank that has no work while others have.
 
     Attributes: input_ids and position_ids [1, S]; targets_A, the answer tokens answer by answer;
     predict_A, for each the packed position whose hidden state predicts it.
@@ -270,140 +370,78 @@ class Tree:
         else:
             prompts, answers = [[0]], [[]]
         C = common_prefix_length(prompts)
-        ids = list(prompts[0][:C])
-        positions = list(range(C))
-        # Of each packed token: its prompt and answer, from 1; 0 where it belongs to all.
-        owners = [(0, 0)] * C
-        prompt_rows, shared_rows, answer_rows = [], [], []
-        predict, targets = [], []
-
-        def add(tokens, position, prompt, answer):
-            start = len(ids)
-            ids.extend(tokens)
-            owners.extend([(prompt, answer)] * len(tokens))
-            positions.extend(range(position, position + len(tokens)))
-            return range(start, len(ids))
-
-        group = max(map(len, answers))  # 0 for the dummy
-        for number, (prompt, prompt_answers) in enumerate(zip(prompts, answers, strict=True), 1):
-            single = len(prompt_answers) == 1
-            own = list(prompt[C:])
-            if single:
-                own += prompt_answers[0][:-1]
-            row = add(own, C, number, 0)
-            prompt_rows.append(row)
-            last = row[len(prompt) - C - 1]
-            if not single:
-                shared_rows.append(row)
-                # Empty rows, so that all groups have the same size.
-                answer_rows += [range(0)] * (group - len(prompt_answers))
-            for answer in prompt_answers:
-                # The last token is only predicted, never fed; the first is predicted by the
-                # prompt's last token.
-                if single:
-                    own = range(last + 1, last + len(answer))
-                else:
-                    own = add(answer[:-1], len(prompt), number, len(answer_rows) + 1)
-                    answer_rows.append(own)
-                predict += [last, *own]
-                targets += answer
-        self.prefix = C
-        self.max_position = max(positions) + 1
-        as_tensor = lambda values: torch.tensor(values, dtype=torch.long, device=device)
-        self.input_ids = as_tensor(ids)[None]
-        self.position_ids = as_tensor(positions)[None]
+        # The packed rows: their tokens, and the position of the first.
+        rows = [(prompts[0][:C], 0)]
+        rows += [(prompt[C:], C) for prompt in prompts]
+        for prompt, group in zip(prompts, answers, strict=True):
+            # The last token is only predicted, never fed.
+            rows += [(answer[:-1], len(prompt)) for answer in group]
+        lengths = [len(tokens) for tokens, _ in rows]
+        ends = [*accumulate(lengths)]
+        predict = []
+        row = len(prompts)
+        for number, group in enumerate(answers, 1):
+            for _ in group:
+                row += 1
+                # The first token is predicted by the prompt's last token.
+                predict += [ends[number] - 1, *range(ends[row] - lengths[row], ends[row])]
+        positions = [range(first, first + len(tokens)) for tokens, first in rows]
+        targets = [answer for group in answers for answer in group]
+        as_tensor = lambda values: torch.tensor([*values], dtype=torch.long, device=device)
+        self.input_ids = as_tensor(chain(*(tokens for tokens, _ in rows)))[None]
+        self.position_ids = as_tensor(chain(*positions))[None]
         self.predict_A = as_tensor(predict)
-        self.targets_A = as_tensor(targets)
-        self.prompt_S, self.answer_S = as_tensor(owners).T.contiguous()
-        self._index_levels(prompt_rows, shared_rows, answer_rows, len(ids), as_tensor)
+        self.targets_A = as_tensor(chain(*targets))
+        self.max_position = 1 + max(chain(*positions))
+        self.segments = self._segments(lengths, [len(group) for group in answers], device)
 
-    def _index_levels(self, prompt_rows, shared_rows, answer_rows, size, as_tensor):
-        """Padded index tables of the lower levels, and where each packed token's output stands."""
-
-        def padded(rows):
-            width = max(map(len, rows), default=0)
-            return as_tensor([[*row] + [0] * (width - len(row)) for row in rows]) if width else None
-
-        self.prompts_RL = padded(prompt_rows)
-        self.shared_RL = padded(shared_rows)
-        self.answers_RL = padded(answer_rows)
-        offset = self.prefix
-        place = [*range(self.prefix)] + [0] * (size - self.prefix)
-        for rows, table in ((prompt_rows, self.prompts_RL), (answer_rows, self.answers_RL)):
-            if table is not None:
-                for r, row in enumerate(rows):
-                    at = offset + r * table.shape[1]
-                    place[row.start : row.stop] = range(at, at + len(row))
-                offset += table.numel()
-        self.unpack_S = as_tensor(place)
-        if shared_rows:
-            lengths_R = as_tensor([len(row) for row in shared_rows])
-            self.shared_mask = _padding_mask(lengths_R, self.shared_RL.shape[1])
-
-    @cached_property
-    def block_mask(self):
-        """FlexAttention's mask: a token sees prefix, own prompt, own answer, up to itself."""
-        prompt_S = self.prompt_S
-        answer_S = self.answer_S
-        S = len(prompt_S)
-
-        def visible(batch, head, query, key):
-            its_prompt = (prompt_S[key] == 0) | (prompt_S[key] == prompt_S[query])
-            its_answer = (answer_S[key] == 0) | (answer_S[key] == answer_S[query])
-            return (key <= query) & its_prompt & its_answer
-
-        return create_block_mask(visible, None, None, S, S, device=prompt_S.device)
-
-    def attend(self, layer, q_HSD, k_KSD, v_KSD, scale):
-        """Attention of all packed tokens at once; returns [S, H, D]."""
-        if q_HSD.device.type in FLEX:
-            kernel = _compiled_flex_attention() if q_HSD.device.type == "cuda" else flex_attention
-            # Under autocast, norms leave queries and keys in float32 and values in bfloat16.
-            q, k, v = (x[None].to(v_KSD.dtype) for x in (q_HSD, k_KSD, v_KSD))
-            out = kernel(q, k, v, block_mask=self.block_mask, scale=scale, enable_gqa=True)
-            return out[0].transpose(0, 1)
-        H, _, D = q_HSD.shape
-        K = len(k_KSD)
-        C = self.prefix
-        prefix = [(k_KSD[:, None, :C], v_KSD[:, None, :C], None)] if C else []
-
-        def rows(x_KSD, table):
-            return x_KSD.index_select(1, table.flatten()).view(K, *table.shape, D)
-
-        def level(table, ancestors):
-            R, L = table.shape
-            q_HRL = q_HSD.index_select(1, table.flatten())
-            q_KRELD = q_HRL.view(K, H // K, R, L, D).transpose(1, 2)
-            own = (rows(k_KSD, table), rows(v_KSD, table), "causal")
-            out = attend(q_KRELD, [*ancestors, own], scale)
-            return out.permute(1, 3, 0, 2, 4).reshape(R * L, H, D)
-
-        outs = []
+    def _segments(self, lengths, group_sizes, device):
+        """Each row sees itself up to each token; prompts and answers the prefix; answers their
+        prompt.
+        """
+        P = len(group_sizes)
+        prefix, prompts, answers = lengths[:1], lengths[1 : P + 1], lengths[P + 1 :]
+        sizes = iter(answers)
+        groups = [sum(islice(sizes, size)) for size in group_sizes]
+        C = sum(prefix)
+        A0 = C + sum(prompts)
+        S = sum(lengths)
+        segments = []
+        levels = [(0, C, prefix), (C, A0, prompts), (A0, S, [n for n in answers if n])]
+        for start, end, level in levels:
+            if start < end:
+                own = Sequences(level, device)
+                tokens = slice(start, end)
+                segments.append(Segment(own, own, tokens, tokens, causal=True, own=True))
         if C:
-            first = F.scaled_dot_product_attention(
-                q_HSD[None, :, :C],
-                k_KSD[None, :, :C],
-                v_KSD[None, :, :C],
-                is_causal=True,
-                scale=scale,
-                enable_gqa=True,
-            )
-            outs.append(first[0].transpose(0, 1))
-        outs.append(level(self.prompts_RL, prefix))
-        if self.answers_RL is not None:
-            shared = (rows(k_KSD, self.shared_RL), rows(v_KSD, self.shared_RL), self.shared_mask)
-            outs.append(level(self.answers_RL, [*prefix, shared]))
-        return torch.cat(outs).index_select(0, self.unpack_S)
+            below = Sequences([S - C], device)
+            segments.append(Segment(below, Sequences(prefix, device), slice(C, S), slice(0, C)))
+        if A0 < S:
+            own = Sequences(prompts, device)
+            segments.append(Segment(Sequences(groups, device), own, slice(A0, S), slice(C, A0)))
+        return segments
+
+    def attend(self, layer, q_SHD, k_SKD, v_SKD, scale):
+        """Attention of all packed tokens at once; returns [S, H, D]."""
+        return PackedAttention.apply(q_SHD, k_SKD, v_SKD, self.segments, scale)
+
+
+def forward(model, layout):
+    """Last hidden states [S, D] of a layout: a Tree, a Prefill or a Decode."""
+    out = model.base_model(
+        input_ids=layout.input_ids,
+        position_ids=layout.position_ids,
+        tree=layout,
+        use_cache=False,
+    )
+    return out.last_hidden_state[0]
 
 
 def answer_hidden(model, tree):
     """Hidden states [A, D] that predict the answer tokens, from one forward over the packed tree,
     with exact gradients.
     """
-    out = model.base_model(
-        input_ids=tree.input_ids, position_ids=tree.position_ids, tree=tree, use_cache=False
-    )
-    return out.last_hidden_state[0].index_select(0, tree.predict_A)
+    return forward(model, tree).index_select(0, tree.predict_A)
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -568,154 +606,307 @@ def choose_tokens(logits_RV, uniforms_R, temperature):
     The float32 log-probabilities are of the distribution drawn from. temperature 0 takes the most
     probable token; its log-probability is then that at temperature 1.
     """
-    # On the CPU some rows at a time, so that the scratch stays in the cache: several times faster.
+    # On the CPU some rows at a time, so that the scratch stays in the cache.
     rows = len(logits_RV)
     if logits_RV.device.type == "cpu":
-        rows = max(1, 2**18 // logits_RV.shape[1])
-    ids, logprobs = [], []
+        rows = max(1, 2**20 // logits_RV.shape[1])
+    ids = []
+    logprobs = []
     for logits_CV, uniforms_C in zip(logits_RV.split(rows), uniforms_R.split(rows), strict=True):
-        logits_CV = logits_CV.float()
         if temperature not in (0, 1):
-            logits_CV = logits_CV / temperature
-        logps_CV = torch.log_softmax(logits_CV, -1)
+            logits_CV = logits_CV.float() / temperature
+        probs_CV = torch.softmax(logits_CV, -1, dtype=torch.float32)
         if temperature == 0:
-            ids_C = logps_CV.argmax(-1)
+            ids_C1 = logits_CV.argmax(-1, keepdim=True)
         else:
-            cdf_CV = logps_CV.exp().double().cumsum(-1)
-            # Scaling by the last value instead of 1 keeps the draw inside, whatever the rounding.
-            ends_C1 = (uniforms_C * cdf_CV[:, -1])[:, None]
-            ids_C = torch.searchsorted(cdf_CV, ends_C1, right=True)[:, 0]
-            ids_C = ids_C.clamp(max=logits_CV.shape[-1] - 1)
-        ids.append(ids_C)
-        logprobs.append(logps_CV.gather(-1, ids_C[:, None])[:, 0])
+            ids_C1 = _inverse_cdf(probs_CV, uniforms_C[:, None])
+        ids.append(ids_C1[:, 0])
+        logprobs.append(probs_CV.gather(1, ids_C1)[:, 0].log())
     return torch.cat(ids), torch.cat(logprobs)
 
 
-class _Prefill:
-    """Layout of a prefill: R rows packed in one [1, S], each seeing `ancestors` and, causally,
-    itself; keeps their keys.
+BLOCK = 512  # of the vocabulary
+
+
+def _inverse_cdf(probs_CV, uniforms_C1):
+    """Ids [C, 1]: in a large vocabulary the block first, then the token in it. The CDF over blocks
+    and the one inside need float64 for few numbers only.
+    """
+    C, V = probs_CV.shape
+    if V <= 2 * BLOCK:
+        return _search(probs_CV, uniforms_C1)[0]
+    if V % BLOCK:
+        probs_CV = F.pad(probs_CV, (0, BLOCK - V % BLOCK))
+    blocks = probs_CV.view(C, -1, BLOCK)
+    block_C1, rest_C1 = _search(blocks.sum(-1), uniforms_C1)
+    chosen = blocks.take_along_dim(block_C1[..., None], 1)[:, 0]
+    return block_C1 * BLOCK + _search(chosen, rest_C1)[0]
+
+
+def _search(weights_CV, uniforms_C1):
+    """Where each uniform falls among the weights, and its place between there and the next: again a
+    uniform in [0, 1).
+    """
+    cdf_CV = weights_CV.cumsum(-1, dtype=torch.float64)
+    # Scaling by the last value instead of 1 keeps the draw inside, whatever the rounding.
+    ends_C1 = uniforms_C1 * cdf_CV[:, -1:]
+    ids_C1 = torch.searchsorted(cdf_CV, ends_C1, right=True).clamp(max=weights_CV.shape[1] - 1)
+    above_C1 = cdf_CV.gather(1, ids_C1) - ends_C1
+    rest_C1 = 1 - above_C1 / weights_CV.gather(1, ids_C1)
+    return ids_C1, rest_C1.clamp(0, 1 - 2**-53)
+
+
+@dataclass
+class Sequence:
+    """A running answer. row: of the output. num_tokens: drawn so far."""
+
+    prompt: int
+    row: int
+    num_tokens: int = 0
+
+
+class Scheduler:
+    """Which prompts wait, which sequences run, and in which slots of the cache. Holds no tensors.
+
+    running[i] is the sequence in answer slot i, prompts[j] the prompt in prompt slot j. There are
+    no holes: where one ends, the last one moves in.
     """
 
-    def __init__(self, rows, start, ancestors, device):
-        as_tensor = lambda values: torch.tensor(values, dtype=torch.long, device=device)
-        lengths = [len(row) for row in rows]
-        width = max(lengths)
-        starts = np.cumsum([0, *lengths])[:-1].tolist()
-        positions = [start + i for length in lengths for i in range(length)]
-        self.ancestors = ancestors
-        self.keys_values = []
-        self.input_ids = as_tensor([token for row in rows for token in row])[None]
-        self.position_ids = as_tensor(positions)[None]
-        self.max_position = start + width
-        self.lengths_R = as_tensor(lengths)
-        self.last_R = as_tensor(starts) + self.lengths_R - 1
-        self.table_RL = as_tensor(
-            [[*range(s, s + n)] + [s] * (width - n) for s, n in zip(starts, lengths, strict=True)]
-        )
-        self.cells_S = as_tensor(
-            [r * width + i for r, length in enumerate(lengths) for i in range(length)]
-        )
-
-    def attend(self, layer, q_HSD, k_KSD, v_KSD, scale):
-        """Attention of all prefilled rows; keeps their keys and values. Returns [S, H, D]."""
-        H, _, D = q_HSD.shape
-        R, L = self.table_RL.shape
-        K = len(k_KSD)
-        index = self.table_RL.flatten()
-        keys = k_KSD.index_select(1, index).view(K, R, L, D)
-        values = v_KSD.index_select(1, index).view(K, R, L, D)
-        self.keys_values.append((keys, values))
-        q_KRELD = q_HSD.index_select(1, index).view(K, H // K, R, L, D).transpose(1, 2)
-        segments = [(*pair, None) for pair in self.ancestors[layer : layer + 1]]
-        segments.append((keys, values, "causal"))
-        out = attend(q_KRELD, segments, scale)
-        return out.permute(1, 3, 0, 2, 4).reshape(R * L, H, D).index_select(0, self.cells_S)
-
-
-class _Decode:
-    """Layout and cache of decoding, for A active rows that each add one token.
-
-    A row's own keys are in its place. Its prompt's keys are in a slot, shared by the G rows that
-    sit there: seat slot * G + g. Places are free again when a row ends, slots when the last of its
-    rows does.
-    """
-
-    def __init__(self, prefix_cache, slots, places, group_size, prompt_width, max_position, device):
-        self.prefix_cache = prefix_cache
-        self.slots = slots
-        self.places = places
+    def __init__(self, num_prompts, group_size, max_running, max_prompts):
         self.group_size = group_size
-        self.prompt_width = prompt_width
-        self.max_position = max_position
-        self.width = 0  # of the cache of own keys
-        self.buffers = []  # of each layer: prompts' keys and values, own keys and values
-        self.prompt_mask_SC = torch.full((slots, prompt_width), float("-inf"), device=device)
+        self.max_running = max_running
+        self.max_prompts = max_prompts
+        self.waiting = deque(range(num_prompts))
+        self.running = []
+        self.prompts = []
 
-    def store_prompts(self, slots_P, prefill):
-        """Write the prefilled prompts' keys and values into the given slots."""
-        if not self.buffers:
-            for keys, _ in prefill.keys_values:
-                K, _, _, D = keys.shape
-                of_prompts = keys.new_zeros(2, K, self.slots, self.prompt_width, D)
-                own = keys.new_zeros(2, K, self.places, 0, D)
-                self.buffers.append([*of_prompts, *own])
-        width = prefill.table_RL.shape[1]
-        for (keys, values), buffers in zip(prefill.keys_values, self.buffers, strict=True):
-            prompt_k, prompt_v, _, _ = buffers
-            prompt_k[:, slots_P, :width] = keys
-            prompt_v[:, slots_P, :width] = values
-        self.prompt_mask_SC[slots_P] = _padding_mask(prefill.lengths_R, self.prompt_width)[0, :, 0]
+    def admit(self, most):
+        """Start the groups of at most `most` waiting prompts; returns these prompts."""
+        G = self.group_size
+        free = min((self.max_running - len(self.running)) // G, len(self.waiting))
+        free = min(free, self.max_prompts - len(self.prompts))
+        # A prefill for few prompts is nearly as slow as one for many: wait until an eighth of the
+        # slots is free.
+        if self.running and free < min(max(1, self.max_running // G // 8), len(self.waiting)):
+            return []
+        admitted = [self.waiting.popleft() for _ in range(min(free, most))]
+        self.prompts += admitted
+        self.running += [Sequence(p, p * G + g) for p in admitted for g in range(G)]
+        return admitted
 
-    def grow(self, tokens, limit):
-        """Make room for answers of `tokens` tokens. Widths double, so that a step has few shapes
-        and no slice of a buffer: matrix products copy their operands unless these are whole.
+    def finish(self, slots):
+        """End the sequences in these answer slots, and the prompts that no other runs for.
+
+        Returns what is to be moved in the cache: (sources, targets) of answers, then of prompts.
         """
-        if tokens > self.width:
-            self.width = min(limit, max(16, 2 * self.width))
-            for buffers in self.buffers:
-                buffers[2:] = [F.pad(x, (0, 0, 0, self.width - x.shape[2])) for x in buffers[2:]]
+        answers = _fill_holes(self.running, slots)
+        at_work = {sequence.prompt for sequence in self.running}
+        ended = [j for j, prompt in enumerate(self.prompts) if prompt not in at_work]
+        return answers, _fill_holes(self.prompts, ended)
 
-    def prepare(self, places_A, seats_A, written_A):
-        """Set who takes part in the next step: places, seats, and tokens already in the cache."""
-        self.places_A = places_A
-        self.seats_A = seats_A
-        self.written_A = written_A
-        own_AC = _padding_mask(written_A + 1, self.width)[0, :, 0]
-        self.mask_AC = torch.cat([self.prompt_mask_SC[seats_A // self.group_size], own_AC], 1)
+    def by_prompt(self):
+        """The answer slots sorted by prompt slot, and how many each prompt slot has."""
+        groups = {prompt: [] for prompt in self.prompts}
+        for slot, sequence in enumerate(self.running):
+            groups[sequence.prompt].append(slot)
+        return [*chain(*groups.values())], [len(group) for group in groups.values()]
 
-    def attend(self, layer, q_HAD, k_KAD, v_KAD, scale):
-        """Keys and values enter the cache; queries see prefix, prompt and answer: [A, H, D]."""
-        H, A, D = q_HAD.shape
-        K = len(k_KAD)
-        seats = self.slots * self.group_size
-        places = self.places
-        prompt_k, prompt_v, own_k, own_v = self.buffers[layer]
-        own_k[:, self.places_A, self.written_A] = k_KAD
-        own_v[:, self.places_A, self.written_A] = v_KAD
-        q_KAED = (q_HAD * scale).view(K, H // K, A, D).transpose(1, 2)
 
-        def spread(x_KAEC, index_A, rows):  # active rows to where their keys are
-            return x_KAEC.new_zeros(K, rows, *x_KAEC.shape[2:]).index_copy_(1, index_A, x_KAEC)
+def _fill_holes(slots, free):
+    """Take out the items in the free slots; the last ones move there. Returns sources, targets."""
+    size = len(slots) - len(free)
+    targets = [slot for slot in free if slot < size]
+    sources = sorted({*range(size, len(slots))}.difference(free))
+    for source, target in zip(sources, targets, strict=True):
+        slots[target] = slots[source]
+    del slots[size:]
+    return sources, targets
 
-        def product(x_KREC, y_KBCD):  # B blocks of keys or values, each for R / B rows
-            blocks = x_KREC.reshape(K, y_KBCD.shape[1], -1, x_KREC.shape[3])
-            return (blocks @ y_KBCD).view(K, -1, H // K, y_KBCD.shape[3])
 
-        by_prompt = product(spread(q_KAED, self.seats_A, seats), prompt_k.mT)
-        by_prompt = by_prompt.index_select(1, self.seats_A)
-        by_place = product(spread(q_KAED, self.places_A, places), own_k.mT)
-        by_place = by_place.index_select(1, self.places_A)
-        scores = torch.cat([by_prompt, by_place], -1).add_(self.mask_AC[:, None].to(q_HAD.dtype))
-        for prefix_k, _ in self.prefix_cache[layer : layer + 1]:
-            scores = torch.cat([scores, product(q_KAED, prefix_k.mT)], -1)
-        probs = torch.softmax(scores, -1)  # computed in float32 whatever the dtype
-        sizes = [self.prompt_width, self.width]
-        prompt_p, own_p, prefix_p = probs.split([*sizes, probs.shape[3] - sum(sizes)], -1)
-        out = product(spread(prompt_p, self.seats_A, seats), prompt_v).index_select(1, self.seats_A)
-        out += product(spread(own_p, self.places_A, places), own_v).index_select(1, self.places_A)
-        for _, prefix_v in self.prefix_cache[layer : layer + 1]:
-            out += product(prefix_p, prefix_v)
-        return out.permute(1, 0, 2, 3).reshape(A, H, D)
+class KVCache:
+    """Keys and values of all layers, in slots of fixed width: the prefix, prompts and answers.
+
+    levels: for each of these three, its number of slots and their width.
+    """
+
+    PREFIX, PROMPTS, ANSWERS = range(3)
+
+    def __init__(self, *levels):
+        self.levels = levels
+        self.layers = []
+
+    def layer(self, layer, like_SKD):
+        """Of one layer the three levels, each [2, slots, width, K, D]: keys and values."""
+        if layer == len(self.layers):
+            K, D = like_SKD.shape[1:]
+            tensors = [like_SKD.new_zeros(2, n, width, K, D) for n, width in self.levels]
+            self.layers.append(tensors)
+        return self.layers[layer]
+
+    def move(self, level, sources, targets):
+        """Copy slots of one level."""
+        if sources:
+            for layer in self.layers:
+                layer[level][:, targets] = layer[level][:, sources]
+
+
+class Prefill:
+    """Layout of a prefill: packed rows, each seeing the cached prefix and, causally, itself.
+
+    Their keys enter the given slots (a slice) of one level of the cache, from a column on.
+    """
+
+    def __init__(self, rows, start, cache, level, slots, device):
+        lengths = [len(row) for row in rows]
+        own = Sequences(lengths, device)
+        self.cache = cache
+        self.level = level
+        self.slots = slots
+        column = start if level == KVCache.PREFIX else 0
+        self.columns = slice(column, column + own.longest)
+        self.own = Segment(own, own, causal=True, own=True)
+        self.prefix = None
+        if start:
+            width = cache.levels[KVCache.PREFIX][1]
+            queries = Sequences([sum(lengths)], device)
+            self.prefix = Segment(queries, Sequences([start], device, width=width))
+        positions = [range(start, start + length) for length in lengths]
+        self.max_position = start + own.longest
+        self.input_ids = torch.tensor([*chain(*rows)], device=device)[None]
+        self.position_ids = torch.tensor([*chain(*positions)], device=device)[None]
+        self.last_R = own.cu[1:].long() - 1
+
+    def attend(self, layer, q_SHD, k_SKD, v_SKD, scale):
+        """Keys and values enter the cache; returns the output [S, H, D]."""
+        levels = self.cache.layer(layer, k_SKD)
+        for cached, new in zip(levels[self.level], (k_SKD, v_SKD), strict=True):
+            cached[self.slots, self.columns] = self.own.keys.pad(new)
+        parts = [(self.own, k_SKD, v_SKD)]
+        if self.prefix:
+            parts.append((self.prefix, *levels[KVCache.PREFIX]))
+        return attend(q_SHD, parts, scale)[0]
+
+
+class Decode:
+    """Layout of a decoding step: every running sequence adds one token.
+
+    size: rows of the step, and slots: prompt slots; more than are used, where a CUDA graph wants
+    fixed shapes. Idle rows run as a first token of the first prompt, in free answer slots.
+    """
+
+    def __init__(self, scheduler, prompts, cache, size, slots, device):
+        (_, prefix), (_, prompt_width), (_, self.answer_width) = cache.levels
+        idle = [*range(len(scheduler.running), size)]
+        order, counts = scheduler.by_prompt()
+        counts[0] += len(idle)
+        unused = [0] * (slots - len(counts))
+        own = [len(prompts[number]) - prefix for number in scheduler.prompts]
+        self.cache = cache
+        self.max_position = prefix + prompt_width + self.answer_width
+        self.single = Sequences([1] * size, device)
+        self.prompts = Segment(
+            Sequences(counts + unused, device, order=idle + order, most=size),
+            Sequences(own + unused, device, width=prompt_width),
+        )
+        self.prefix = None
+        if prefix:
+            self.prefix = Segment(
+                Sequences([size], device), Sequences([prefix], device, width=prefix)
+            )
+        self.sequences = scheduler.running + [Sequence(scheduler.prompts[0], 0, 1)] * len(idle)
+        self.rows_A = torch.tensor([s.row for s in self.sequences], device=device)
+        lengths = [len(prompts[s.prompt]) for s in self.sequences]
+        self.prompt_lengths_A = torch.tensor(lengths, device=device)
+        self.slots_A = torch.arange(size, device=device)
+
+    def feed(self, ids_NT):
+        """Take each sequence's last token as the input of the next step."""
+        device = ids_NT.device
+        lengths = [sequence.num_tokens for sequence in self.sequences]
+        self.own = Segment(
+            self.single, Sequences(lengths, device, width=self.answer_width), own=True
+        )
+        self.columns_A = torch.tensor(lengths, device=device) - 1
+        self.input_ids = ids_NT[self.rows_A, self.columns_A][None]
+        self.position_ids = (self.prompt_lengths_A + self.columns_A)[None]
+
+    def attend(self, layer, q_AHD, k_AKD, v_AKD, scale):
+        """Keys and values enter the cache; returns the output [A, H, D]."""
+        prefix, prompts, answers = self.cache.layer(layer, k_AKD)
+        for cached, new in zip(answers, (k_AKD, v_AKD), strict=True):
+            cached[self.slots_A, self.columns_A] = new
+        parts = [(self.own, *answers), (self.prompts, *prompts)]
+        if self.prefix:
+            parts.append((self.prefix, *prefix))
+        return attend(q_AHD, parts, scale)[0]
+
+    def tensors(self):
+        """All that the step reads beside weights and cache."""
+        tensors = [self.input_ids, self.position_ids, self.slots_A, self.columns_A]
+        tensors.append(self.prompts.queries.order)
+        for segment in (self.own, self.prompts, self.prefix):
+            if segment:
+                tensors += [segment.queries.cu, segment.keys.cu, segment.keys.used]
+        return tensors
+
+
+class DecodeGraphs:
+    """Decoding steps as CUDA graphs, one for each size of a step, in one pool of memory."""
+
+    def __init__(self):
+        self.graphs = {}
+        self.pool = None
+
+    def run(self, model, layout):
+        """Hidden states [A, D] of the step."""
+        size = len(layout.sequences)
+        if size not in self.graphs:
+            forward(model, layout)  # allocates and tunes what a capture must not
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self.pool):
+                hidden_AD = forward(model, layout)
+            self.pool = graph.pool()
+            self.graphs[size] = graph, layout.tensors(), hidden_AD
+        graph, inputs, hidden_AD = self.graphs[size]
+        for captured, new in zip(inputs, layout.tensors(), strict=True):
+            captured.copy_(new)
+        graph.replay()
+        return hidden_AD
+
+
+def step_shape(scheduler, fixed):
+    """Rows and prompt slots of a step: those in use; where `fixed`, one of a few shapes."""
+    running = len(scheduler.running)
+    if not fixed:
+        return running, len(scheduler.prompts)
+    return min(scheduler.max_running, 1 << (running - 1).bit_length()), scheduler.max_prompts
+
+
+def fit_rows(prompts, group_size, max_new_tokens, cache_tokens):
+    """How many sequences run at a time, and of how many prompts, within cache_tokens.
+
+    Groups end answer by answer; slots for twice as many prompts as there is room for whole groups
+    keep the answer slots full meanwhile.
+    """
+    P = len(prompts)
+    G = group_size
+    prefix = common_prefix_length(prompts)
+    own = max(map(len, prompts)) - prefix
+    fitting = None
+    for groups in range(1, P + 1):
+        slots = min(P, groups if G == 1 else 2 * groups)
+        tokens = prefix + slots * own + groups * G * max_new_tokens
+        if tokens > cache_tokens:
+            break
+        fitting = (groups * G, slots)
+    if fitting is None:
+        raise ValueError(
+            f"cache_tokens ({cache_tokens}): a group of {G} answers needs {tokens}; raise it"
+        )
+    return fitting
+
+
+PREFILL_TOKENS = 8192  # prefilled at a time, padding counted: bounds the memory of a prefill
 
 
 def _check_sample(model, prompts, group_size, max_new_tokens, eos_id):
@@ -739,223 +930,6 @@ def _check_sample(model, prompts, group_size, max_new_tokens, eos_id):
         raise ValueError("call rollout.use_tree_attention(model) first")
 
 
-def fit_rows(prompts, group_size, max_new_tokens, cache_tokens):
-    """How many rows decode at a time, in how many prompts' slots, within cache_tokens.
-
-    Groups end row by row; slots for twice as many groups as there is room for keep the places full
-    meanwhile.
-    """
-    P = len(prompts)
-    G = group_size
-    prefix = common_prefix_length(prompts)
-    own = max(map(len, prompts)) - prefix
-    fitting = None
-    for groups in range(1, P + 1):
-        slots = min(P, groups if G == 1 else 2 * groups)
-        tokens = prefix + slots * own + groups * G * max_new_tokens
-        if tokens > cache_tokens:
-            break
-        fitting = (groups * G, slots)
-    if fitting is None:
-        raise ValueError(
-            f"cache_tokens ({cache_tokens}): a group of {G} answers needs {tokens}; raise it"
-        )
-    return fitting
-
-
-# Prefilled at a time, padding of the attention counted: bounds the memory of a prefill.
-PREFILL_TOKENS = 8192
-
-
-class _Sampler:
-    """The state of one call of `sample`: what is drawn (by row), who decodes (by place), cache."""
-
-    def __init__(
-        self,
-        model,
-        prompts,
-        group_size,
-        max_new_tokens,
-        eos_id,
-        temperature,
-        draws_NT,
-        cache_tokens,
-        graphs,
-        label_ids=None,
-    ):
-        device = model.device
-        N, T, G = len(draws_NT), max_new_tokens, group_size
-        self.model = model
-        self.prompts = prompts
-        self.eos_id = eos_id
-        self.temperature = temperature
-        self.group_size = G
-        self.graphs = {} if graphs and device.type == "cuda" else None
-        places, slots = fit_rows(prompts, G, T, cache_tokens)
-        # One row, place and slot more than there are: the idle rows of a padded step write there,
-        # nobody reads it.
-        self.ids_NT = torch.zeros(N + 1, T, dtype=torch.long, device=device)
-        self.logprobs_NT = torch.zeros(N + 1, T, device=device)
-        self.label_ids_Y = self.label_logits_NTY = None
-        if label_ids is not None:
-            self.label_ids_Y = torch.tensor(label_ids, device=device)
-            self.label_logits_NTY = torch.zeros(N + 1, T, len(label_ids), device=device)
-        self.lengths_N = torch.zeros(N + 1, dtype=torch.long, device=device)
-        self.ended_N = torch.zeros(N + 1, dtype=torch.bool, device=device)
-        self.draws_NT = torch.cat([draws_NT, draws_NT[:1]])
-        self.waiting = 0  # the next prompt to be admitted
-        self.active = {}  # places at work, the oldest first: the time at which each began
-        self.time = 0  # decoding steps so far
-        self.free_places = [*range(places)]
-        self.free_slots = [*range(slots)]
-        self.slot_of = [0] * places
-        self.left = [0] * slots  # rows at work in each slot
-        # Of each place: its output row, its seat, its prompt's length.
-        self.row = torch.full((places + 1,), N, device=device)
-        self.seat = torch.full((places + 1,), slots * G, device=device)
-        self.prompt_length = torch.zeros(places + 1, dtype=torch.long, device=device)
-        self.prefix = common_prefix_length(prompts)
-        prefix_cache = []  # of each layer: keys and values
-        for start in range(0, self.prefix, PREFILL_TOKENS):
-            chunk = prompts[0][start : min(self.prefix, start + PREFILL_TOKENS)]
-            new = self.prefill([chunk], start, prefix_cache).keys_values
-            if prefix_cache:
-                # [2, K, 1, C, D] of each layer, behind what is there already.
-                layers = zip(prefix_cache, new, strict=True)
-                new = [torch.cat([torch.stack(a), torch.stack(b)], 3).unbind() for a, b in layers]
-            prefix_cache = new
-        own = max(map(len, prompts)) - self.prefix
-        longest = self.prefix + own + T
-        self.decode = _Decode(prefix_cache, slots + 1, places + 1, G, own, longest, device)
-        self.quantum = max(1, places // G // 8)
-
-    def forward(self, input_ids, position_ids, layout):
-        out = self.model.base_model(
-            input_ids=input_ids, position_ids=position_ids, tree=layout, use_cache=False
-        )
-        return out.last_hidden_state[0]
-
-    def prefill(self, rows, start, ancestors):
-        layout = _Prefill(rows, start, ancestors, self.model.device)
-        layout.hidden_SD = self.forward(layout.input_ids, layout.position_ids, layout)
-        return layout
-
-    def room(self):
-        """How many waiting prompts are to be admitted now."""
-        left = len(self.prompts) - self.waiting
-        groups = min(len(self.free_places) // self.group_size, len(self.free_slots), left)
-        # A prefill for few prompts is nearly as slow as one for many: wait until an eighth of the
-        # places are free.
-        if self.active and groups < min(self.quantum, left):
-            return 0
-        return min(groups, max(1, PREFILL_TOKENS // self.decode.prompt_width))
-
-    def admit(self, groups):
-        """Prefill waiting prompts into free slots and draw their answers' first tokens."""
-        G = self.group_size
-        device = self.model.device
-        as_tensor = lambda values: torch.tensor(values, dtype=torch.long, device=device)
-        chosen = range(self.waiting, self.waiting + groups)
-        slots, self.free_slots = self.free_slots[:groups], self.free_slots[groups:]
-        places, self.free_places = self.free_places[: groups * G], self.free_places[groups * G :]
-        rows = [self.prompts[p][self.prefix :] for p in chosen]
-        prefill = self.prefill(rows, self.prefix, self.decode.prefix_cache)
-        self.decode.store_prompts(as_tensor(slots), prefill)
-        for i, place in enumerate(places):
-            self.active[place] = self.time
-            self.slot_of[place] = slots[i // G]
-            self.left[slots[i // G]] += 1
-        places_A = as_tensor(places)
-        self.row[places_A] = torch.arange(chosen.start * G, chosen.stop * G, device=device)
-        self.seat[places_A] = as_tensor([slot * G + g for slot in slots for g in range(G)])
-        self.prompt_length[places_A] = (self.prefix + prefill.lengths_R).repeat_interleave(G)
-        self.waiting = chosen.stop
-        hidden_AD = prefill.hidden_SD[prefill.last_R].repeat_interleave(G, 0)
-        self.leave(places, self.draw(places_A, hidden_AD))
-
-    def choose(self, logits_AV, draws_A):
-        return choose_tokens(logits_AV, draws_A, self.temperature)
-
-    def draw(self, places_A, hidden_AD):
-        """Draw the next token of each place; returns which rows are done, [A] booleans."""
-        rows = self.row[places_A]
-        T = self.ids_NT.shape[1]
-        at = self.lengths_N[rows].clamp(max=T - 1)  # the clamp is for idle rows
-        logits_AV = self.model.get_output_embeddings()(hidden_AD)
-        ids, logps = self.choose(logits_AV, self.draws_NT[rows, at])
-        if self.label_ids_Y is not None:
-            self.label_logits_NTY[rows, at] = logits_AV[:, self.label_ids_Y].float()
-        self.ids_NT[rows, at] = ids
-        self.logprobs_NT[rows, at] = logps
-        self.lengths_N[rows] = at + 1
-        self.ended_N[rows] = ids == self.eos_id
-        return (ids == self.eos_id) | (at + 1 == T)
-
-    def leave(self, places, done_A):
-        """Free the places of the rows that are done, and the slots of groups without rows."""
-        for place, done in zip(places, done_A.tolist(), strict=False):
-            if done:
-                slot = self.slot_of[place]
-                self.left[slot] -= 1
-                self.free_places.append(place)
-                if not self.left[slot]:
-                    self.free_slots.append(slot)
-                del self.active[place]
-
-    def decode_one(self, places_A):
-        """One token a place; of fixed shape, without a look at values: for CUDA graphs."""
-        rows = self.row[places_A]
-        written = self.lengths_N[rows] - 1
-        written = written.clamp(min=0, max=self.decode.width - 1)  # for idle rows
-        self.decode.prepare(places_A, self.seat[places_A], written)
-        position_ids = (self.prompt_length[places_A] + written)[None]
-        input_ids = self.ids_NT[rows, written][None]
-        return self.draw(places_A, self.forward(input_ids, position_ids, self.decode))
-
-    def decode_in_graph(self, places):
-        """`decode_one` from a CUDA graph: one for each power of two of rows and cache width."""
-        size = 1 << (len(places) - 1).bit_length()
-        idle = self.decode.places - 1
-        if size not in self.graphs:
-            places_A = torch.full((size,), idle, device=self.model.device)
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                # Of idle rows: it allocates and tunes what a capture must not.
-                self.decode_one(places_A)
-            torch.cuda.current_stream().wait_stream(side)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                done_A = self.decode_one(places_A)
-            self.graphs[size] = graph, places_A, done_A
-        graph, places_A, done_A = self.graphs[size]
-        places_A.copy_(torch.tensor(places + [idle] * (size - len(places))))
-        graph.replay()
-        return done_A
-
-    def step(self):
-        """Admit prompts where there is room, else decode one token of every active row."""
-        if groups := self.room():
-            self.admit(groups)
-            return
-        places, self.time = [*self.active], self.time + 1
-        longest = self.time - self.active[places[0]]  # tokens in the cache after this step
-        if longest > self.decode.width:
-            self.decode.grow(longest, self.ids_NT.shape[1])
-            if self.graphs:
-                self.graphs.clear()
-        if self.graphs is None:
-            done_A = self.decode_one(torch.tensor(places, device=self.model.device))
-        else:
-            done_A = self.decode_in_graph(places)
-        self.leave(places, done_A)
-
-    def run(self):
-        """Answer all prompts."""
-        while self.waiting < len(self.prompts) or self.active:
-            self.step()
-
-
 @torch.no_grad()
 def sample(
     model,
@@ -977,41 +951,93 @@ def sample(
     temperature 0 is greedy. Row n draws from uniforms of (seed, step, first_row + n), so its answer
     does not depend on who shares its batch, beyond rounding. label_ids: ids whose logits are kept
     at every position. The key-value cache holds at most `cache_tokens` tokens, from which follows
-    how many rows decode at a time; waiting prompts take the places of finished rows. On a GPU the
+    how many sequences run at a time; waiting prompts take the slots of those that end. On a GPU the
     decoding step runs from CUDA graphs unless cuda_graphs is False.
     Raises ValueError for empty prompts, budgets that fit nothing, a missing eos_id, dropout, or too
     long a prompt.
     """
     _check_sample(model, prompts, group_size, max_new_tokens, eos_id)
-    N = len(prompts) * group_size
+    device = model.device
+    G, T = group_size, max_new_tokens
+    N = len(prompts) * G
+    draws_NT = np.zeros((N, T))  # at temperature 0 nothing is drawn
     if temperature:
-        draws_NT = uniforms(seed, step, range(first_row, first_row + N), max_new_tokens)
-    else:
-        draws_NT = np.zeros((N, 1))  # nothing is drawn
-    draws_NT = torch.from_numpy(draws_NT).to(model.device).expand(N, max_new_tokens)
-    sampler = _Sampler(
-        model,
-        prompts,
-        group_size,
-        max_new_tokens,
-        eos_id,
-        temperature,
-        draws_NT,
-        cache_tokens,
-        cuda_graphs,
-        label_ids,
+        draws_NT = uniforms(seed, step, range(first_row, first_row + N), T)
+    draws_NT = torch.from_numpy(draws_NT).to(device)
+    labels_Y = torch.tensor(label_ids or [], dtype=torch.long, device=device)
+    ids_NT = torch.zeros(N, T, dtype=torch.long, device=device)
+    logprobs_NT = torch.zeros(N, T, device=device)
+    label_logits_NTY = torch.zeros(N, T, len(labels_Y), device=device)
+    lengths_N, ended_N = [0] * N, [False] * N
+
+    # What the cache holds: the prefix, and the prompts and answers at work.
+    max_running, max_prompts = fit_rows(prompts, G, T, cache_tokens)
+    prefix = common_prefix_length(prompts)
+    width = max(map(len, prompts)) - prefix
+    cache = KVCache((1, prefix), (max_prompts, width), (max_running, T))
+    scheduler = Scheduler(len(prompts), G, max_running, max_prompts)
+    for start in range(0, prefix, PREFILL_TOKENS):
+        chunk = prompts[0][start : min(prefix, start + PREFILL_TOKENS)]
+        forward(model, Prefill([chunk], start, cache, KVCache.PREFIX, slice(0, 1), device))
+
+    graphs = DecodeGraphs()
+    decode = None  # the layout of a step, as long as the same sequences run
+    while scheduler.waiting or scheduler.running:
+        # 1. Prefill waiting prompts if there is room, else run one step of all sequences.
+        admitted = scheduler.admit(most=max(1, PREFILL_TOKENS // width))
+        if admitted:
+            rows = [prompts[number][prefix:] for number in admitted]
+            slots = slice(len(scheduler.prompts) - len(admitted), len(scheduler.prompts))
+            prefill = Prefill(rows, prefix, cache, KVCache.PROMPTS, slots, device)
+            hidden_AD = forward(model, prefill)[prefill.last_R].repeat_interleave(G, 0)
+            decode = None
+        else:
+            if decode is None:
+                fixed = on_cuda_kernels(cache.layers[0][KVCache.ANSWERS])
+                size, slots = step_shape(scheduler, fixed)
+                decode = Decode(scheduler, prompts, cache, size, slots, device)
+            decode.feed(ids_NT)
+            run = graphs.run if cuda_graphs and fixed else forward
+            hidden_AD = run(model, decode)[: len(scheduler.running)]
+        first = len(scheduler.running) - len(hidden_AD)
+        drawing = scheduler.running[first:]
+
+        # 2. Draw a token for each.
+        rows_A = torch.tensor([sequence.row for sequence in drawing], device=device)
+        at_A = torch.tensor([sequence.num_tokens for sequence in drawing], device=device)
+        logits_AV = model.get_output_embeddings()(hidden_AD)
+        ids_A, logprobs_A = choose_tokens(logits_AV, draws_NT[rows_A, at_A], temperature)
+        ids_NT[rows_A, at_A] = ids_A
+        logprobs_NT[rows_A, at_A] = logprobs_A
+        if label_ids is not None:
+            label_logits_NTY[rows_A, at_A] = logits_AV[:, labels_Y].float()
+
+        # 3. End the sequences that are done; their slots are free for others.
+        done = []
+        is_eos = (ids_A == eos_id).tolist()
+        for slot, sequence in enumerate(drawing, first):
+            sequence.num_tokens += 1
+            ended = is_eos[slot - first]
+            if ended or sequence.num_tokens == T:
+                done.append(slot)
+                lengths_N[sequence.row] = sequence.num_tokens
+                ended_N[sequence.row] = ended
+        if done:
+            answers, of_prompts = scheduler.finish(done)
+            cache.move(KVCache.ANSWERS, *answers)
+            cache.move(KVCache.PROMPTS, *of_prompts)
+            decode = None
+
+    rows = [row[:length] for row, length in zip(ids_NT.tolist(), lengths_N, strict=True)]
+    lengths_N = torch.tensor(lengths_N, device=device)
+    is_token_NT = torch.arange(T, device=device) < lengths_N[:, None]
+    return Rollout(
+        answers=[rows[i : i + G] for i in range(0, N, G)],
+        lengths_N=lengths_N,
+        ended_N=torch.tensor(ended_N, device=device),
+        logprobs_A=logprobs_NT[is_token_NT],
+        label_logits_AY=None if label_ids is None else label_logits_NTY[is_token_NT],
     )
-    sampler.run()
-    lengths_N = sampler.lengths_N[:N]
-    lengths = lengths_N.tolist()
-    rows = [row[:n] for row, n in zip(sampler.ids_NT[:N].tolist(), lengths, strict=True)]
-    answers = [rows[i : i + group_size] for i in range(0, N, group_size)]
-    is_token_NT = torch.arange(max_new_tokens, device=model.device) < lengths_N[:, None]
-    label_logits_AY = None
-    if label_ids is not None:
-        label_logits_AY = sampler.label_logits_NTY[:N][is_token_NT]
-    logprobs_A = sampler.logprobs_NT[:N][is_token_NT]
-    return Rollout(answers, lengths_N, sampler.ended_N[:N], logprobs_A, label_logits_AY)
 
 
 class Engine:

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 
+import cuda_standin
 import numpy as np
 import pytest
 import torch
@@ -88,55 +89,58 @@ def test_groups_of_unequal_size():
     compare_gradients("llama", PROMPTS["unequal"], answers)
 
 
-def test_fused_attention_equals_one_softmax():
-    """The merge through log-sum-exp against the plain concatenated softmax, with gradients and a padding mask."""
-    K, R, E, L, D, C, B = 2, 6, 2, 5, 8, 7, 3
-    mask = rollout._padding_mask(torch.tensor([7, 3, 1]), C)
-    results = []
-    for fused in (True, False):
-        torch.manual_seed(1)
-        shapes = [(K, R, E, L, D), (K, 1, 4, D), (K, 1, 4, D), (K, B, C, D), (K, B, C, D), (K, R, L, D), (K, R, L, D)]
-        q, pk, pv, sk, sv, ok, ov = leaves = [torch.randn(s, requires_grad=True) for s in shapes]
-        if fused:
-            out = rollout._FusedAttend.apply(q, 0.3, [None, mask, "causal"], pk, pv, sk, sv, ok, ov)
-        else:
-            together = lambda p, s, o: torch.cat([p.expand(K, R, 4, D), s.repeat_interleave(R // B, 1), o], 2)[:, :, None]
-            padding = mask[0].repeat_interleave(R // B, 0).expand(R, L, C)
-            causal = torch.full((L, L), float("-inf")).triu(1).expand(R, L, L)
-            unseen = torch.cat([torch.zeros(R, L, 4), padding, causal], -1)[:, None]
-            out = torch.softmax(q @ together(pk, sk, ok).mT * 0.3 + unseen, -1) @ together(pv, sv, ov)
-        (out * torch.linspace(-1, 1, out.numel()).view(out.shape)).sum().backward()
-        results.append([out.detach()] + [x.grad for x in leaves])
-    for a, b in zip(*results, strict=True):
-        assert relative(a, b) < 1e-5
+@pytest.fixture(params=["fused", "formula", "packed"])
+def kernel(request, monkeypatch):
+    """The kernels of a CPU; the formula, where there is none; and those of CUDA, which take packed sequences."""
+    if request.param == "formula":
+        monkeypatch.setattr(rollout, "_cpu_flash", rollout.formula)
+        monkeypatch.setattr(rollout, "_cpu_flash_backward", rollout.formula_backward)
+    if request.param == "packed":
+        cuda_standin.install(monkeypatch)
+    return request.param
 
 
-@pytest.mark.parametrize("scores", [1, 700, 10**9])
-def test_attention_without_fused_kernels(monkeypatch, scores):
-    """What a GPU runs: stored scores, some rows at a time; also in the sampler's prefill."""
-    monkeypatch.setattr(rollout, "FUSED", set())
-    monkeypatch.setattr(rollout, "SCORES", scores)
-    for kind in PROMPTS:
-        compare_gradients("qwen3", PROMPTS[kind], some_answers(PROMPTS[kind], 3))
-    parts, attend = [], rollout.attend
-    monkeypatch.setattr(rollout, "attend", lambda q, *rest: (parts.append(q.shape[1]), attend(q, *rest))[1])
-    compare_gradients("llama", PROMPTS["unequal"], some_answers(PROMPTS["unequal"], 3))
-    assert (len(parts) > 8) == (scores < 10**9)  # two levels, two layers, two passes
-    sampled = sample(make_model("qwen3"), PROMPTS["unequal"], group_size=2)
-    monkeypatch.undo()
-    assert_same(sampled, sample(make_model("qwen3"), PROMPTS["unequal"], group_size=2))
+@pytest.mark.parametrize("sharing", [1, 3, 8])
+@pytest.mark.parametrize("prefix", [0, 7])
+def test_attention_equals_one_softmax(kernel, sharing, prefix):
+    """Segments merged by their log-sum-exps, and their kernels' gradients, against one softmax over all a token sees."""
+    torch.manual_seed(1)
+    prompts, groups = [3, 1, 4], [[2, 1], [0, 5], [1, 1]]
+    tree = rollout.Tree(
+        [[9] * prefix + [p] + [8] * (n - 1) for p, n in enumerate(prompts)], [[[7] * (n + 1) for n in g] for g in groups]
+    )
+    S, K, D = tree.input_ids.shape[1], 2, 8
+    owners = [(0, 0)] * prefix + [(p + 1, 0) for p, n in enumerate(prompts) for _ in range(n)]
+    owners += [(p + 1, 2 * p + a + 1) for p, group in enumerate(groups) for a, n in enumerate(group) for _ in range(n)]
+    sees = [
+        [j <= i and owners[j][0] in (0, owners[i][0]) and owners[j][1] in (0, owners[i][1]) for j in range(S)] for i in range(S)
+    ]
+    shapes = [(S, K * sharing, D), (S, K, D), (S, K, D)]
+    q, k, v = leaves = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    scores = torch.einsum("ihd,jhd->hij", q, k.repeat_interleave(sharing, 1)) * 0.3
+    probs = torch.softmax(scores.masked_fill(~torch.tensor(sees), float("-inf")), -1)
+    expected = torch.einsum("hij,jhd->ihd", probs, v.repeat_interleave(sharing, 1))
+    weights = torch.linspace(-1, 1, expected.numel(), dtype=torch.float64).view(expected.shape)
+    wanted = [expected, *torch.autograd.grad((expected * weights).sum(), leaves)]
+    for dtype, bound in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
+        copies = [x.detach().to(dtype).requires_grad_() for x in leaves]
+        out = tree.attend(0, *copies, 0.3)
+        assert out.dtype == dtype
+        got = [out, *torch.autograd.grad((out * weights.to(dtype)).sum(), copies)]
+        for a, b in zip(got, wanted, strict=True):
+            assert relative(a, b) < bound
 
 
-@pytest.mark.parametrize("group", [1, 3])
 @pytest.mark.parametrize("kind", PROMPTS)
-@pytest.mark.filterwarnings("ignore:flex_attention called without")
-def test_flex_attention_sees_the_same_tree(monkeypatch, kind, group):
-    """What a GPU trains with: one mask over the packed row. On the CPU it has a forward pass only."""
-    model, tree = make_model("qwen3"), rollout.Tree(PROMPTS[kind], some_answers(PROMPTS[kind], group))
-    with torch.no_grad():
-        expected = rollout.answer_hidden(model, tree)
-        monkeypatch.setattr(rollout, "FLEX", {"cpu"})
-        assert relative(rollout.answer_hidden(model, tree), expected) < 1e-5
+def test_every_kernel_trains_and_samples_alike(kernel, kind):
+    """Gradients of every parameter, and answers, whichever kernel runs; on CUDA's path from graphs and without."""
+    compare_gradients("qwen3", PROMPTS[kind], some_answers(PROMPTS[kind], 3))
+    model, before = make_model("qwen3"), cuda_standin.Graph.captured
+    settings = {"group_size": 3, "max_new_tokens": 20, "cache_tokens": 150}
+    for graphs in {False, kernel == "packed"}:
+        out = sample(model, PROMPTS[kind], cuda_graphs=graphs, **settings)
+        assert_same(out, sample_naively(make_model("qwen3", tree=False), PROMPTS[kind], **settings))
+    assert (cuda_standin.Graph.captured > before) == (kernel == "packed")
 
 
 def test_gradient_checkpointing_changes_nothing():
@@ -240,6 +244,29 @@ def sample(model, prompts, **settings):
     return rollout.sample(model, prompts, **{"max_new_tokens": 9, "eos_id": 2, "seed": 3, "label_ids": LABELS, **settings})
 
 
+def sample_naively(model, prompts, *, group_size, max_new_tokens, cache_tokens=None, label_ids=LABELS):
+    """The same draws, each answer by itself from the plain forward over all its tokens so far."""
+    answers, logprobs, label_logits, draws = (
+        [],
+        [],
+        [],
+        rollout.uniforms(3, 0, range(len(prompts) * group_size), max_new_tokens),
+    )
+    for row, us in enumerate(draws):
+        prompt, answer = prompts[row // group_size], []
+        while len(answer) < max_new_tokens and answer[-1:] != [2]:
+            logits = model(torch.tensor([prompt + answer])).logits[0, -1].detach()
+            cdf = torch.softmax(logits.double(), -1).cumsum(-1)
+            answer.append(int(torch.searchsorted(cdf, us[len(answer)] * cdf[-1], right=True)))
+            logprobs.append(torch.log_softmax(logits, -1)[answer[-1]])
+            label_logits.append(logits[label_ids])
+        answers.append(answer)
+    lengths_N = torch.tensor([len(answer) for answer in answers])
+    ended_N = torch.tensor([answer[-1] == 2 for answer in answers])
+    groups = [answers[i : i + group_size] for i in range(0, len(answers), group_size)]
+    return rollout.Rollout(groups, lengths_N, ended_N, torch.stack(logprobs), torch.stack(label_logits))
+
+
 def assert_same(a, b):
     """Two rollouts of the same tokens, and the same numbers but for rounding."""
     assert a.answers == b.answers and a.ended_N.tolist() == b.ended_N.tolist()
@@ -320,17 +347,30 @@ def test_batch_composition_and_refill_do_not_change_a_sample():
     assert alone.answers == whole.answers[3:4]
 
 
-def test_idle_rows_change_nothing(monkeypatch):
-    """A CUDA graph's step is padded to a power of two with idle rows: they must not touch the others' answers or cache."""
-    model = make_model("qwen3")
-    whole = sample(model, PROMPTS["unequal"], group_size=3, max_new_tokens=20)
-    one = rollout._Sampler.decode_one
-
-    def padded(self, places_A):
-        return one(self, torch.cat([places_A, torch.full((3,), self.decode.places - 1)]))
-
-    monkeypatch.setattr(rollout._Sampler, "decode_one", padded)
-    assert_same(sample(model, PROMPTS["unequal"], group_size=3, max_new_tokens=20), whole)
+@pytest.mark.parametrize("seed", range(20))
+def test_scheduler_leaves_no_holes(seed):
+    """Every prompt is run once; after each move the cache holds at slot i what the scheduler says is there."""
+    draw = np.random.default_rng(seed)
+    scheduler, G, begun, ended = rollout.Scheduler(13, 3, 12, 6), 3, [], []
+    answers, prompts = [None] * 12, [None] * 6
+    while scheduler.waiting or scheduler.running:
+        if admitted := scheduler.admit(most=2):
+            begun += admitted
+            prompts[len(scheduler.prompts) - len(admitted) : len(scheduler.prompts)] = admitted
+            new = scheduler.running[-len(admitted) * G :]
+            answers[len(scheduler.running) - len(new) : len(scheduler.running)] = [s.row for s in new]
+        done = [i for i in range(len(scheduler.running)) if draw.random() < 0.3]
+        ended += [scheduler.running[i].row for i in done]
+        for slots, (sources, targets) in zip((answers, prompts), scheduler.finish(done), strict=True):
+            for target, moved in zip(targets, [slots[source] for source in sources], strict=True):
+                slots[target] = moved
+        assert answers[: len(scheduler.running)] == [s.row for s in scheduler.running]
+        assert prompts[: len(scheduler.prompts)] == scheduler.prompts
+        order, counts = scheduler.by_prompt()
+        by_slot = [s for s, n in enumerate(counts) for _ in range(n)]
+        assert [scheduler.prompts[s] for s in by_slot] == [scheduler.running[i].prompt for i in order]
+        assert all(counts) and sorted(order) == [*range(len(scheduler.running))]
+    assert begun == [*range(13)] and sorted(ended) == [*range(39)]
 
 
 def test_the_cache_stays_within_its_budget():
@@ -366,6 +406,26 @@ def test_choose_tokens_is_the_inverse_cdf():
     ids, logps = rollout.choose_tokens(logits, uniforms, 1.0)
     assert ids.tolist() == [0, 0, 2, 3, 3]
     torch.testing.assert_close(logps.exp(), torch.tensor([0.25, 0.25, 0.5, 0.25, 0.25]))
+
+
+@pytest.mark.parametrize("vocabulary", [61, 1024, 1025, 5000, 49_152])
+@pytest.mark.parametrize("temperature", [0, 0.7, 1])
+def test_choose_tokens_in_a_large_vocabulary(vocabulary, temperature):
+    """The block first, then the token in it: the draw of one float64 CDF, but where float32 probabilities cannot tell."""
+    torch.manual_seed(0)
+    logits, uniforms = 4 * torch.randn(400, vocabulary), torch.rand(400, dtype=torch.float64)
+    logits[:, ::3] = float("-inf")
+    uniforms[:2] = torch.tensor([0, 1 - 2**-53], dtype=torch.float64)
+    ids, logps = rollout.choose_tokens(logits, uniforms, temperature)
+    probs = torch.softmax(logits.double() / (temperature or 1), -1)
+    picked = probs.gather(1, ids[:, None])[:, 0]
+    assert picked.min() > 0
+    torch.testing.assert_close(logps, picked.log().float(), atol=1e-5, rtol=1e-5)
+    if temperature:
+        above = probs.cumsum(-1).gather(1, ids[:, None])[:, 0]
+        assert (above > uniforms - 1e-6).all() and (above - picked < uniforms + 1e-6).all()
+    else:
+        assert torch.equal(ids, logits.argmax(-1))
 
 
 def test_ends_and_lengths():
