@@ -265,6 +265,9 @@ class Config:
     pairs: str = setting("train.jsonl,sft.jsonl", "files of TASK to learn from, labelled or not")
     labelled: int = setting(-1, "use the gold labels of the first so many pairs (-1: all)", min=-1)
     seed: int = setting(0, "seeds fresh weights, the order of pairs, on-policy samples", min=0)
+    bf16: Literal["auto", "0", "1"] = setting(
+        "auto", "compute in bfloat16; auto: on CUDA, and CPUs with AMX where it pays"
+    )
     # teacher
     samples: int = setting(4, "reasonings of the teacher for each pair", min=1)
     sampling_temperature: float = setting(1.0, "temperature of these reasonings", above=0)
@@ -354,12 +357,14 @@ def encode(teacher, student, pairs, tests):
 
 
 class Teacher:
-    """The teacher's model, whole on each rank, bf16 on CUDA, and what it says of pairs."""
+    """The teacher's model, whole on each rank, and what it says of pairs."""
 
     def __init__(self, config, task, ranks):
         self.config = config
         task.check_model(config.teacher)
-        dtype = torch.bfloat16 if ranks.device.type == "cuda" else torch.float32
+        skeleton, _ = grm.load_model(config.teacher, "meta")
+        bf16 = parallel.chosen_bf16(config.bf16, ranks.device, skeleton.config.hidden_size)
+        dtype = torch.bfloat16 if bf16 else torch.float32
         self.model, tokenizer = grm.load_model(config.teacher, ranks.device, dtype)
         rollout.use_tree_attention(self.model)
         context = self.model.config.max_position_embeddings
@@ -938,7 +943,6 @@ def main():
     config = parse_config()
     out = Path(config.out)
     ranks = parallel.Ranks()
-    bf16 = ranks.device.type == "cuda"  # computes and samples; master weights are float32
     task = grm.Task.load(config.task)
     pairs, tests = read_pairs(config, task)
     teacher_hash = ranks.on_rank_0(parallel.hash_inputs, [config.teacher])
@@ -950,6 +954,9 @@ def main():
     )
     teacher = Teacher(config, task, ranks) if config.loss != "gold" else None
     make = student_maker(config, task, teacher)
+    # Of the student's computing and sampling; its master weights are float32.
+    width = make("meta").model.config.hidden_size
+    bf16 = parallel.chosen_bf16(config.bf16, ranks.device, width)
     student = parallel.shard(make, ranks, bf16)
     optimizer = torch.optim.AdamW(student.parameters(), weight_decay=config.weight_decay)
     encode(teacher, student, pairs, tests)

@@ -988,7 +988,8 @@ def load_judge(model, task, max_new_tokens=None):
         raise TaskError(f"--model {model}: has no criteria.md; name the task's folder with --task")
     task = Task.load(task or model)
     task.check_model(model)
-    model, tokenizer = load_model(model)
+    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    model, tokenizer = load_model(model, dtype=dtype)
     context = model.config.max_position_embeddings
     renderer = Renderer(task, tokenizer, context, max_new_tokens)
     rollout.use_tree_attention(model)

@@ -389,6 +389,20 @@ def launch(main, errors=()):
 # Models -------------------------------------------------------------------------------------------
 
 
+def bf16_pays(device, hidden_size):
+    """Whether a model of this width computes faster in bfloat16: on CUDA, and on CPUs whose
+    processor multiplies bfloat16 matrices (AMX) where the products are large enough.
+    """
+    if device.type == "cpu":
+        return torch.cpu._is_amx_tile_supported() and hidden_size >= 512
+    return device.type == "cuda"
+
+
+def chosen_bf16(choice, device, hidden_size):
+    """The setting `bf16` as a bool: "1", "0", or "auto" for where it pays."""
+    return bf16_pays(device, hidden_size) if choice == "auto" else choice == "1"
+
+
 def shard(make, ranks, bf16=False):
     """A module to train in float32 master weights; with several ranks, FSDP2 shards it.
 

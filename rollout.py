@@ -6,11 +6,10 @@ A batch is a tree:
     common prefix  ->  P prompts  ->  N answers
 
 Sampling prefills the prefix and each prompt once and decodes all answers against the cached keys;
-training packs the tree into one row of tokens without padding. In both, a query's keys lie in up to
-three segments (prefix, prompt, own), and `attend` is all there is to attention: for each segment one
-fused kernel gives an output and a log-sum-exp, and the outputs are merged by their log-sum-exps.
-It is registered with transformers' AttentionInterface under the name "tree" and runs decoder-only
-Hugging Face models unchanged.
+training packs the tree into one row of tokens without padding. In both, a query's keys lie in up
+to three segments (prefix, prompt, own), and `attend` is all there is to attention: for each segment
+one fused kernel gives an output and a log-sum-exp, by which the outputs are merged. transformers'
+AttentionInterface knows it as "tree"; decoder-only Hugging Face models run unchanged.
 
     use_tree_attention(model)                     # once; refuses models that it cannot run
     sampled = sample(model, prompts, group_size=8, max_new_tokens=64, eos_id=2, seed=0, step=7)
@@ -25,6 +24,7 @@ n sequences of at most L queries and C keys, W width of a cache slot, D head siz
 states: model width), V vocabulary.
 """
 
+import os
 import runpy
 import sys
 from collections import deque
@@ -35,6 +35,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.attention
 import torch.nn.functional as F
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -184,8 +185,10 @@ class PackedAttention(torch.autograd.Function):
         return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype), None, None
 
 
-# The fused kernels that torch brings. On CUDA, torch.nn.attention.activate_flash_attention_impl
-# puts those of the flash-attn package in their place.
+# The fused kernels that torch brings. FLASH_ATTENTION=FA4 (or FA3) in the environment puts the CUDA
+# kernels of an installed flash-attn package in their place.
+if implementation := os.environ.get("FLASH_ATTENTION"):
+    torch.nn.attention.activate_flash_attention_impl(implementation)
 _cpu_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _cpu_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 _cuda_flash = torch.ops.aten._flash_attention_forward
@@ -244,7 +247,7 @@ def flash_backward(grad_SHD, q_SHD, out_SHD, lse_SH, k_CKD, v_CKD, segment, scal
 
 def formula(q_nHLD, k_nKCD, v_nKCD, dropout_p, is_causal, *, attn_mask, scale):
     """Output and log-sum-exp by the formula, scores stored, in the signature of the fused CPU
-    kernel: for dtypes, head sizes and devices without a kernel.
+    kernel: for dtypes, head sizes and devices that have none.
     """
     scores_nHLC = _scores(q_nHLD, k_nKCD, is_causal, attn_mask, scale)
     lse_nHL = torch.logsumexp(scores_nHLC, -1)

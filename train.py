@@ -59,6 +59,9 @@ class Config:
     max_new_tokens: int = setting(512, "longest answer, in tokens, EOS included", min=1)
     max_tokens: int = setting(32768, "token budget of one forward pass (micro-batch)", min=1)
     cache_tokens: int = setting(131072, "token budget of the key-value cache in sampling", min=1)
+    bf16: Literal["auto", "0", "1"] = setting(
+        "auto", "compute and sample in bfloat16; auto: on CUDA, and CPUs with AMX where it pays"
+    )
     eval_every: int = setting(50, "evaluate every so many RL steps (0: before and after)", min=0)
     save_every: int = setting(0, "save every so many steps (0: every ten minutes)", min=0)
     keep: int = setting(2, "checkpoints to keep, the newest", min=1)
@@ -247,7 +250,7 @@ def checkpoint_layers(model):
 def export(sampling_model, renderer, folder, max_new_tokens):
     """Write a Hugging Face folder that from_pretrained and serving engines load, with criteria.md.
 
-    In bf16 on CUDA, else in float32.
+    In bf16 where the run computes so, else in float32.
     """
     sampling_model.generation_config = GenerationConfig(
         eos_token_id=renderer.eos_id,
@@ -310,7 +313,7 @@ def sft_backward(policy, batch, config, ranks, coef=1.0):
 def rl(policy, sampling_model, optimizer, renderer, data, config, ranks, progress):
     """Group-relative RL: sample, reward, give each step its credit, update."""
     stages = by_stage(data["train"], config.rl_steps)
-    reference = make_reference(config, ranks) if config.kl_coef else None
+    reference = make_reference(policy, config, ranks) if config.kl_coef else None
     for step in progress.steps(config.rl_steps):
         if config.eval_every and step and step % config.eval_every == 0:
             evaluate(sampling_model, renderer, data, config, ranks, progress)
@@ -440,11 +443,11 @@ def judge_steps(batch, traces, boxes, device):
     return torch.tensor(ends, device=device), torch.tensor(right, device=device)
 
 
-def make_reference(config, ranks):
+def make_reference(policy, config, ranks):
     """The policy as it is before RL, frozen, for the KL."""
     fine_tuned = Path(config.out) / "sft"
     source = fine_tuned if fine_tuned.exists() else config.model
-    bf16 = ranks.device.type == "cuda"
+    bf16 = parallel.chosen_bf16(config.bf16, ranks.device, policy.model.config.hidden_size)
     reference = parallel.shard(partial(make_policy, source, config), ranks, bf16)
     return reference.requires_grad_(False)
 
@@ -561,7 +564,6 @@ def main():
     config = parse_config()
     out = Path(config.out)
     ranks = parallel.Ranks(config.timeout)
-    bf16 = ranks.device.type == "cuda"  # computes and samples; master weights are float32
     settings = asdict(config)
     settings["inputs"] = ranks.on_rank_0(parallel.hash_inputs, [config.task, config.model])
     progress = parallel.Progress(
@@ -577,6 +579,8 @@ def main():
     )
     task = grm.Task.load(config.task)
     skeleton, tokenizer = grm.load_model(config.model, "meta")
+    # Of computing and sampling; master weights are float32.
+    bf16 = parallel.chosen_bf16(config.bf16, ranks.device, skeleton.config.hidden_size)
     context = skeleton.config.max_position_embeddings
     renderer = grm.Renderer(task, tokenizer, context, config.max_new_tokens)
     data = load_data(config, task, renderer)

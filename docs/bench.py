@@ -1,12 +1,16 @@
 """rollout.py against Hugging Face's generate and padded batches: `python rollout.py --bench`.
 
-Interleaved, in one run: sampling, refilling with answers of mixed lengths, the training step, and
-its memory for two sizes of the vocabulary. Time, ratio, peak memory, and the share of what this
-machine's matrix products and memory allow. About twelve minutes on two CPU cores, of which
-model.generate takes six.
+For each length of the common prefix, interleaved: sampling, with prefill and decoding apart, and
+the training step. Then refilling with answers of mixed lengths, and the training step's memory for
+two sizes of the vocabulary. Tokens per second, ratio, peak memory, and the share of what this
+machine's matrix products and memory allow. About fifteen minutes on two CPU cores.
+
+generate and padded rows run as many rows as --peer_tokens hold, one group or one row at least:
+whole batches would not fit into memory.
 """
 
 import argparse
+import contextlib
 import copy
 import ctypes
 import gc
@@ -14,21 +18,16 @@ import re
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from rollout import (
-    Policy,
-    Tree,
-    _Sampler,
-    common_prefix_length,
-    sample,
-    uniforms,
-    use_tree_attention,
-)
+import rollout
+from parallel import bf16_pays
+from rollout import Policy, Tree, sample, use_tree_attention
 
 # Measuring ----------------------------------------------------------------------------------------
 
@@ -79,42 +78,60 @@ def hardware(device, dtype):
     return 2 * 2048**3 / best(lambda: a @ a), 2 * source.nbytes / best(lambda: target.copy_(source))
 
 
-def time_limit(model, prefilled, drawn, steps, passes, rates):
-    """Seconds that the matrix products and the reading of the weights alone take at these rates."""
-    head = model.get_output_embeddings().weight
+def numbers_of(model):
+    """Weights in the layers' matrix products, those of the head, and cached numbers of a token."""
     linear = [m for m in model.base_model.modules() if isinstance(m, torch.nn.Linear)]
     body = sum(m.weight.numel() for m in linear)
-    flops = 2 * passes * (body * (prefilled + drawn) + head.numel() * drawn)
-    read = (body + head.numel()) * head.element_size() * steps
-    return max(flops / rates[0], read / rates[1])
+    config = model.config
+    heads = config.num_key_value_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    cached = 2 * config.num_hidden_layers * heads * size
+    return body, model.get_output_embeddings().weight.numel(), cached
 
 
-def compare(title, runs, repeats, tokens, limit, device):
-    """Run each in turn; print the best time of each, the ratio, peak memory, share of the limit."""
-    peaks = {name: peak_memory(run, device) for name, run in runs.items()}  # warms up, too
-    rounds = [{name: time_of(run, device) for name, run in runs.items()} for _ in range(repeats)]
-    best = {name: min(times[name] for times in rounds) for name in runs}
-    for name, seconds in best.items():
-        peak = "" if peaks[name] is None else f"{peaks[name] / 2**20:9.0f} MiB"
-        print(
-            f"{title:<10}{name:<22}{seconds:9.3f} s{tokens / seconds:10.0f} tok/s"
-            f"{max(best.values()) / seconds:7.1f}x{peak}{limit / seconds:8.0%} of the limit",
-            flush=True,
-        )
+def show(title, name, seconds, tokens=None, ratio=None, peak=None, limit=None):
+    """One line: tokens per second, ratio to the last, peak memory, share of the limit."""
+    line = f"{title:<18}{name:<22}{seconds:9.3f} s"
+    line += "" if tokens is None else f"{tokens / seconds:10.0f} tok/s"
+    line += "" if ratio is None else f"{ratio:7.1f}x"
+    line += "" if peak is None else f"{peak / 2**20:9.0f} MiB"
+    line += "" if limit is None else f"{limit / seconds:8.0%} of the limit"
+    print(line, flush=True)
+
+
+def compare(title, runs, repeats, device):
+    """Run each in turn; returns the best time of each by name.
+
+    runs: name -> (call, its tokens or None, seconds that the hardware's limits allow or None).
+    """
+    peaks = {name: peak_memory(run, device) for name, (run, *_) in runs.items()}  # warms up, too
+    best = dict.fromkeys(runs, float("inf"))
+    for _ in range(repeats):
+        for name, (run, *_) in runs.items():
+            best[name] = min(best[name], time_of(run, device))
+    rates = {name: (tokens or 0) / best[name] for name, (_, tokens, _) in runs.items()}
+    *_, last = rates.values()
+    for name, (_, tokens, limit) in runs.items():
+        ratio = None if tokens is None else rates[name] / last
+        show(title, name, best[name], tokens, ratio, peaks[name], limit)
+    return best
 
 
 # What is measured ---------------------------------------------------------------------------------
 
 
-def bench_sampling(model, prompts, group_size, T, repeats, rates):
-    """Answers of exactly T tokens: `sample` against model.generate."""
-    N = len(prompts) * group_size
-    rows = [prompt for prompt in prompts for _ in range(group_size)]
-    rows = torch.tensor(rows, device=model.device)
+def bench_sampling(model, shape, prefix, peer_tokens, repeats, rates):
+    """Answers of exactly T tokens: `sample` against model.generate; returns decoding's tok/s."""
+    P, G, own, T = shape
+    device = model.device
+    prompts = draw_prompts(model.config.vocab_size, P, prefix, own)
+    peers = max(1, peer_tokens // (prefix + own + T) // G)
+    rows = [prompt for prompt in prompts[:peers] for _ in range(G)]
+    rows = torch.tensor(rows, device=device)
 
-    def tree():
+    def tree(tokens=T):
         use_tree_attention(model)
-        sample(model, prompts, group_size=group_size, max_new_tokens=T, eos_id=-1)
+        sample(model, prompts, group_size=G, max_new_tokens=tokens, eos_id=-1)
 
     def generate():
         model.set_attn_implementation("sdpa")
@@ -130,95 +147,118 @@ def bench_sampling(model, prompts, group_size, T, repeats, rates):
             pad_token_id=0,
         )
 
-    prefix = common_prefix_length(prompts)
-    prefilled = prefix + sum(len(prompt) - prefix for prompt in prompts)
-    limit = time_limit(model, prefilled, N * T, T, 1, rates)
-    runs = {"tree": tree, "model.generate": generate}
-    compare("sampling", runs, repeats, N * T, limit, model.device)
+    body, head, cached = numbers_of(model)
+    size = model.dtype.itemsize
+    # Each token passes the layers, each drawn one the head; a step reads weights and cache once.
+    flops = 2 * (body * (prefix + P * own + P * G * T) + head * P * G * T)
+    read = size * T * (body + head + cached * (prefix + P * own + P * G * T / 2))
+    limit = max(flops / rates[0], read / rates[1])
+    runs = {
+        "tree": (tree, P * G * T, limit),
+        "its prefill": (lambda: tree(1), None, None),
+        "model.generate": (generate, len(rows) * T, None),
+    }
+    best = compare(f"sampling {prefix}", runs, repeats, device)
+    decoding = best["tree"] - best["its prefill"]
+    tokens = P * G * (T - 1)
+    show(f"sampling {prefix}", "its decoding", decoding, tokens)
+    print(f"{'':<18}{read / decoding / 1e9:.1f} GB/s, {flops / decoding / 1e9:.0f} Gflop/s")
+    return tokens / decoding
 
 
-class _LengthSampler(_Sampler):
-    """Its answers end where the draw is 1 or more, and nowhere else."""
+@contextlib.contextmanager
+def answers_of(lengths_N, eos_id):
+    """While active, answer n of `sample` ends at its length and nowhere else."""
+    uniforms, choose_tokens = rollout.uniforms, rollout.choose_tokens
 
-    def choose(self, logits_AV, draws_A):
-        ids_A, logps_A = super().choose(logits_AV, draws_A % 1)
-        return torch.where(draws_A >= 1, self.eos_id, ids_A.clamp(min=self.eos_id + 1)), logps_A
+    def marked(seed, step, rows, width):
+        draws_NT = uniforms(seed, step, rows, width)
+        draws_NT[np.arange(len(draws_NT)), lengths_N - 1] += 1
+        return draws_NT
+
+    def choose(logits_AV, draws_A, temperature):
+        ids_A, logprobs_A = choose_tokens(logits_AV, draws_A % 1, temperature)
+        return torch.where(draws_A >= 1, eos_id, ids_A.clamp(min=eos_id + 1)), logprobs_A
+
+    with mock.patch.multiple(rollout, uniforms=marked, choose_tokens=choose):
+        yield
 
 
-def bench_lengths(model, prompts, group_size, T, repeats, rates):
+def bench_lengths(model, shape, prefix, repeats):
     """Refilling: answers of uniform length T/8..T against as many that all have the mean length.
 
     Of four times the prompts, with a cache for a quarter of the answers.
     """
     use_tree_attention(model)
-    prompts = prompts * 4
-    N = len(prompts) * group_size
-    prefix = common_prefix_length(prompts)
-    own = max(map(len, prompts)) - prefix
+    P, G, own, T = shape
+    prompts = draw_prompts(model.config.vocab_size, 4 * P, prefix, own)
+    N = len(prompts) * G
     budget = prefix + len(prompts) // 2 * own + N // 4 * T
-    mixed_N = torch.from_numpy(np.random.default_rng(0).integers(T // 8, T + 1, N))
-    mean = round(mixed_N.double().mean().item())
+    mixed_N = np.random.default_rng(0).integers(T // 8, T + 1, N)
+    mean = round(mixed_N.mean())
 
-    @torch.no_grad()
     def run(lengths_N):
-        draws_NT = torch.from_numpy(uniforms(0, 0, range(N), T))
-        draws_NT[torch.arange(N), lengths_N - 1] += 1
-        draws_NT = draws_NT.to(model.device)
-        sampler = _LengthSampler(model, prompts, group_size, T, 2, 1.0, draws_NT, budget, True)
-        sampler.run()
-        assert torch.equal(sampler.lengths_N[:N].cpu(), lengths_N)
+        settings = {"group_size": G, "max_new_tokens": T, "eos_id": 2, "cache_tokens": budget}
+        with answers_of(lengths_N, eos_id=2):
+            sampled = sample(model, prompts, **settings)
+        assert sampled.lengths_N.tolist() == lengths_N.tolist()
 
     runs = {
-        f"all of {mean}": lambda: run(torch.full((N,), mean)),
-        f"{T // 8}..{T}, mean {mean}": lambda: run(mixed_N),
+        f"{T // 8}..{T}, mean {mean}": (lambda: run(mixed_N), int(mixed_N.sum()), None),
+        f"all of {mean}": (lambda: run(np.full(N, mean)), N * mean, None),
     }
-    limit = time_limit(model, 0, N * mean, 4 * mean, 1, rates)
-    compare("lengths", runs, repeats, int(mixed_N.sum()), limit, model.device)
+    compare("lengths", runs, repeats, model.device)
 
 
-def training_step(model, tree):
+def training_step(model, tree, bf16):
     """Forward and backward over the packed tree."""
-    logprobs_A, _ = Policy(model)(tree)
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
+        logprobs_A, _ = Policy(model)(tree)
     (-logprobs_A.mean()).backward()
 
 
-def bench_training(model, prompts, group_size, T, repeats, rates):
+def bench_training(model, shape, prefix, peer_tokens, repeats, rates, bf16):
     """Gradients of answers of T tokens: the tree against one padded row an answer."""
+    P, G, own, T = shape
     device = model.device
+    prompts = draw_prompts(model.config.vocab_size, P, prefix, own)
     draw = np.random.default_rng(0)
-    answers = [draw.integers(3, model.config.vocab_size, (group_size, T)).tolist() for _ in prompts]
+    answers = [draw.integers(3, model.config.vocab_size, (G, T)).tolist() for _ in prompts]
     rows = [p + answer for p, group in zip(prompts, answers, strict=True) for answer in group]
+    rows = rows[: max(1, peer_tokens // (prefix + own + T))]
+    tree = Tree(prompts, answers, device)
 
     def packed():
         model.zero_grad()
         use_tree_attention(model)
-        training_step(model, Tree(prompts, answers, device))
+        training_step(model, tree, bf16)
 
     def padded(positions):
         model.zero_grad()
         model.set_attn_implementation("sdpa")
         ids = torch.tensor(rows, device=device)  # all rows have the same length
         mask = torch.ones_like(ids)
-        logits = model(ids, attention_mask=mask, logits_to_keep=positions).logits
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            logits = model(ids, attention_mask=mask, logits_to_keep=positions).logits
         logps = torch.log_softmax(logits[:, -T - 1 : -1].float(), -1)
         (-logps.gather(-1, ids[:, -T:, None]).mean()).backward()
 
-    tokens = Tree(prompts, answers).input_ids.numel()
-    drawn = len(rows) * T
-    limit = time_limit(model, tokens - drawn, drawn, 3, 3, rates)
+    body, head, _ = numbers_of(model)
+    drawn = P * G * T
+    flops = 6 * (body * tree.input_ids.numel() + head * drawn)
     runs = {
-        "tree": packed,
-        "padded batch": lambda: padded(0),
-        "padded, answer logits": lambda: padded(T + 1),
+        "tree": (packed, drawn, flops / rates[0]),
+        "padded rows": (lambda: padded(0), len(rows) * T, None),
+        "padded, answer logits": (lambda: padded(T + 1), len(rows) * T, None),
     }
-    compare("training", runs, repeats, drawn, limit, device)
+    compare(f"training {prefix}", runs, repeats, device)
 
 
-def bench_memory(config, prompts, group_size, T, device):
+def bench_memory(config, shape, prefix, device, bf16):
     """The training step's peak above weights and gradients, for two sizes of the vocabulary."""
-    answers = [[[5] * T] * group_size for _ in prompts]
-    prompts = [[token % 1000 for token in prompt] for prompt in prompts]
-    tree = Tree(prompts, answers, device)
+    P, G, own, T = shape
+    answers = [[[5] * T] * G for _ in range(P)]
+    tree = Tree(draw_prompts(1000, P, prefix, own), answers, device)
     for vocabulary in (32_000, 152_000):
         config = type(config).from_dict(config.to_dict() | {"vocab_size": vocabulary})
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(device)
@@ -226,8 +266,8 @@ def bench_memory(config, prompts, group_size, T, device):
         embedding = model.get_input_embeddings().weight
         for trained in (False, True):
             embedding.requires_grad_(trained)
-            training_step(model, tree)  # from here on the gradients are held
-            peak = peak_memory(lambda model=model: training_step(model, tree), device)
+            training_step(model, tree, bf16)  # from here on the gradients are held
+            peak = peak_memory(lambda model=model: training_step(model, tree, bf16), device)
             if peak is not None:
                 print(
                     f"memory    vocabulary {vocabulary:<8,}"
@@ -247,31 +287,31 @@ QWEN3_110M = {
     "num_attention_heads": 12,
     "num_key_value_heads": 6,
     "head_dim": 64,
-    "max_position_embeddings": 4096,
+    "max_position_embeddings": 8192,
     "tie_word_embeddings": True,
 }
 
 
-def bench_model(folder):
+def bench_model(folder, device, dtype):
     """The model of a folder, with random weights where it has none; without a folder, a Qwen3."""
     if folder and any(Path(folder).glob("*.safetensors")):
-        settings = {"use_safetensors": True, "dtype": torch.float32}
-        return AutoModelForCausalLM.from_pretrained(folder, **settings)
+        settings = {"use_safetensors": True, "dtype": dtype}
+        return AutoModelForCausalLM.from_pretrained(folder, **settings).to(device)
     if folder:
         config = AutoConfig.from_pretrained(folder)
     else:
         config = AutoConfig.for_model("qwen3", **QWEN3_110M)
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with device:
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
-def draw_prompts(vocabulary, shape):
+def draw_prompts(vocabulary, count, prefix, own):
     """Random prompts with a common prefix."""
-    P, _, prefix, own, _ = shape
     draw = np.random.default_rng(0)
     tokens = lambda n: draw.integers(3, vocabulary, n).tolist()
     common = tokens(prefix)
-    return [common + tokens(own) for _ in range(P)]
+    return [common + tokens(own) for _ in range(count)]
 
 
 def parse_args():
@@ -283,21 +323,16 @@ def parse_args():
     )
     add = parser.add_argument
     parts = ["sampling", "lengths", "training", "memory"]
-    shape = {"type": int, "nargs": 5, "metavar": ("PROMPTS", "GROUP", "PREFIX", "OWN", "ANSWER")}
+    shape = {"type": int, "nargs": 4, "metavar": ("PROMPTS", "GROUP", "OWN", "ANSWER")}
     add("--bench", action="store_true", required=True, help="measure")
     add("--model", help="model folder, also without weights (None: a random 110 M Qwen3)")
     add("--repeats", type=int, default=2, help="runs of each; the best counts")
     add("--only", nargs="+", default=parts, choices=parts, help="parts to run")
-    add(
-        "--sampling", **shape, default=[16, 8, 512, 64, 64], help="prompts, answers of each, tokens"
-    )
-    add("--training", **shape, default=[2, 8, 256, 128, 64], help="the same for the training step")
-    add(
-        "--sampling_dtype",
-        choices=["bfloat16", "float32"],
-        default="bfloat16",
-        help="training is in float32",
-    )
+    add("--prefixes", type=int, nargs="+", default=[512, 2048, 4096], help="common tokens")
+    add("--sampling", **shape, default=[16, 8, 64, 64], help="prompts, answers of each, tokens")
+    add("--training", **shape, default=[2, 8, 128, 64], help="the same for the training step")
+    add("--peer_tokens", type=int, default=2048, help="of the rows of generate and padded batches")
+    add("--bf16", type=int, choices=[0, 1], help="compute in bfloat16 (None: where it pays)")
     return parser.parse_args()
 
 
@@ -305,32 +340,39 @@ def main():
     """Measure rollout.py against Hugging Face's generate and padded batches, interleaved."""
     args = parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = bench_model(args.model).to(device).eval()
+    config = AutoConfig.from_pretrained(args.model) if args.model else None
+    width = config.hidden_size if config else QWEN3_110M["hidden_size"]
+    bf16 = bf16_pays(device, width) if args.bf16 is None else bool(args.bf16)
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    trains = {"training", "memory"} & {*args.only}
+    model = bench_model(args.model, device, torch.float32 if trains else dtype).eval()
     name = f"CPU, {torch.get_num_threads()} threads"
     if device.type == "cuda":
         name = torch.cuda.get_device_name()
-    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {name}")
-
-    sampling = {"sampling": bench_sampling, "lengths": bench_lengths}
-    training = {"training": bench_training}
-    for dtype, parts, shape in (
-        (getattr(torch, args.sampling_dtype), sampling, args.sampling),
-        (torch.float32, training, args.training),
-    ):
-        rates = hardware(device, dtype)
-        print(
-            f"{dtype}: matrix products {rates[0] / 1e9:.0f} Gflop/s, memory {rates[1] / 1e9:.1f} "
-            f"GB/s; prompts, group, common prefix, own tokens, answer: {shape}"
-        )
-        copied = copy.deepcopy(model).to(dtype)
-        prompts = draw_prompts(model.config.vocab_size, shape)
-        for part, bench in parts.items():
-            if part in args.only:
-                bench(copied, prompts, shape[1], shape[4], args.repeats, rates)
+    rates = hardware(device, dtype)
+    print(
+        f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {name}, {dtype}: "
+        f"matrix products {rates[0] / 1e9:.0f} Gflop/s, memory {rates[1] / 1e9:.1f} GB/s"
+    )
+    sampling_model = copy.deepcopy(model).to(dtype) if trains else model
+    peers = args.peer_tokens
+    decoding = []
+    for prefix in args.prefixes:
+        if "sampling" in args.only:
+            shape = args.sampling
+            decoding.append(
+                bench_sampling(sampling_model, shape, prefix, peers, args.repeats, rates)
+            )
+        if "training" in args.only:
+            bench_training(model, args.training, prefix, peers, args.repeats, rates, bf16)
+    if decoding:
+        lengths = f"{args.prefixes[-1]} against {args.prefixes[0]}"
+        flatness = decoding[-1] / decoding[0]
+        print(f"flatness          decoding after a prefix of {lengths} tokens: {flatness:.2f}")
+    if "lengths" in args.only:
+        bench_lengths(sampling_model, args.sampling, args.prefixes[0], args.repeats)
     if "memory" in args.only:
-        shape = args.training
-        prompts = draw_prompts(model.config.vocab_size, shape)
-        bench_memory(model.config, prompts, shape[1], shape[4], device)
+        bench_memory(model.config, args.training, args.prefixes[0], device, bf16)
 
 
 if __name__ == "__main__":

@@ -27,9 +27,9 @@ class _KeptByAttention(torch.autograd.Function):
     """Attention as far as memory goes: a fused kernel keeps queries, keys, values, its output."""
 
     @staticmethod
-    def forward(ctx, q_HSD, k_KSD, v_KSD):
-        out_SHD = q_HSD.transpose(0, 1).contiguous()
-        ctx.save_for_backward(q_HSD, k_KSD, v_KSD, out_SHD)
+    def forward(ctx, q_SHD, k_SKD, v_SKD):
+        out_SHD = torch.empty_like(q_SHD)
+        ctx.save_for_backward(q_SHD, k_SKD, v_SKD, out_SHD)
         return out_SHD
 
 
@@ -38,8 +38,8 @@ class _PlannedTree:
 
     max_position = 0
 
-    def attend(self, layer, q_HSD, k_KSD, v_KSD, scale):
-        return _KeptByAttention.apply(q_HSD, k_KSD, v_KSD)
+    def attend(self, layer, q_SHD, k_SKD, v_SKD, scale):
+        return _KeptByAttention.apply(q_SHD, k_SKD, v_SKD)
 
 
 def activation_bytes(model, tokens):

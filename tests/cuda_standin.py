@@ -26,7 +26,8 @@ def sequences(q, k, cu_q, cu_k, max_q, max_k, used, causal):
 def scores_of(q, k, causal, scale):
     k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
     scores = torch.einsum("ihd,jhd->hij", q.float(), k.float()) * scale
-    return scores.masked_fill(torch.ones(scores.shape[1:], dtype=torch.bool).triu(1), float("-inf")) if causal else scores
+    hidden = torch.ones(scores.shape[1:], dtype=torch.bool, device=q.device).triu(1)
+    return scores.masked_fill(hidden, float("-inf")) if causal else scores
 
 
 @torch.library.custom_op("standin::forward", mutates_args=())

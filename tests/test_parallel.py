@@ -437,3 +437,13 @@ def test_plan_prints_what_to_change(tmp_path, monkeypatch, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json"]
     with pytest.raises(SystemExit, match="--model"):
         plan("--model=/nowhere")
+
+
+def test_bf16_is_chosen_where_it_pays(monkeypatch):
+    """On CUDA; on a CPU if its processor multiplies bfloat16 matrices and the model is not tiny; else by request alone."""
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    for amx in (False, True):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)
+        assert [parallel.chosen_bf16("auto", cpu, width) for width in (128, 512)] == [False, amx]
+        assert [parallel.chosen_bf16(choice, cpu, 512) for choice in ("0", "1")] == [False, True]
+    assert parallel.chosen_bf16("auto", cuda, 128) and not parallel.chosen_bf16("0", cuda, 4096)

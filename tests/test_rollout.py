@@ -2,6 +2,7 @@
 
 import gc
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from conftest import ARCHITECTURES, NOTES, ROOT, make_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import grm
 import rollout
 
 LABELS = [3, 60, 2]
@@ -448,6 +450,20 @@ def test_bf16_stays_close_to_fp32():
     assert (through_tree(model, PROMPTS["unequal"], out.answers) - out.logprobs_A).abs().max() < 0.15
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_bf16_training_on_a_cpu(architecture):
+    """Under autocast, rotary embedding leaves queries and keys in float32 and values in bfloat16: one dtype must reach the
+    kernels. The gradient stays within bfloat16's rounding of float32's."""
+    prompts, answers, grads = PROMPTS["unequal"], some_answers(PROMPTS["unequal"], 3), []
+    for bf16 in (False, True):
+        model = make_model(architecture, initializer_range=0.08)
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            logprobs_A, _ = rollout.Policy(model)(rollout.Tree(prompts, answers))
+        logprobs_A.mean().backward()
+        grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert (grads[1] - grads[0]).norm() < 0.03 * grads[0].norm()
+
+
 def test_memory_is_returned_after_a_call():
     """No cache survives a call, neither on the model nor in a module variable."""
     model = make_model("qwen3")
@@ -531,13 +547,36 @@ def test_file_works_alone(tmp_path):
     assert imports <= {*sys.stdlib_module_names, "numpy", "torch", "transformers"}
 
 
-def test_bench_prints_every_part():
-    """`python rollout.py --bench` on a small shape: a line for each contestant, with its ratio."""
-    shape = ["2", "2", "8", "4", "16"]
-    command = [sys.executable, ROOT / "rollout.py", "--bench", "--model", NOTES / "model", "--repeats", "1"]
-    command += ["--sampling", *shape, "--training", *shape, "--sampling_dtype", "float32"]
+def script(name, *flags):
+    """The output of one of docs' scripts, on one thread."""
+    command = [sys.executable, ROOT / name, *flags]
     out = subprocess.run(list(map(str, command)), capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert out.returncode == 0, out.stderr
-    for name in ("tree", "model.generate", "all of", "padded batch", "padded, answer logits", "vocabulary 152,000"):
-        assert name in out.stdout
-    assert "1.0x" in out.stdout
+    assert out.returncode == 0, out.stdout + out.stderr
+    return out.stdout
+
+
+def test_bench_prints_every_part():
+    """`python rollout.py --bench` on a small shape: a line for each contestant and prefix, with its ratio."""
+    shape = ["2", "2", "4", "16"]
+    flags = ["--bench", "--model", NOTES / "model", "--repeats", "1", "--prefixes", "8", "16"]
+    out = script("rollout.py", *flags, "--sampling", *shape, "--training", *shape)
+    for name in ("sampling 8 ", "sampling 16 ", "model.generate", "its decoding", "all of", "training 16 ", "padded rows"):
+        assert name in out
+    assert "padded, answer logits" in out and "vocabulary 152,000" in out and "1.0x" in out and "against 8 tokens: " in out
+
+
+def test_gpu_check_compares_a_real_model(tmp_path):
+    """docs/gpu_check.py's numbers, on this CPU: greedy answers are generate's, the sampler is the trainer."""
+    model, tokenizer = grm.load_model(NOTES / "model", "cpu", seed=0)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    out = script("docs/gpu_check.py", "--only", "numbers", "--model", tmp_path, "--prompts", "3", "--answer", "8")
+    rows = [[cell.strip() for cell in line.split("|")[1:3]] for line in out.splitlines() if line.startswith("| ")]
+    figures = dict(rows)
+    assert figures["greedy answers equal to generate's, float32"] == "3 of 3"
+    for name, bound in (
+        ("log-probabilities, sampler - trainer, float32", 1e-4),
+        ("gradient, float32 on cpu - float32 on CPU", 1e-5),
+    ):
+        assert float(re.search(r"\d\.\de[+-]\d+", figures[name])[0]) < bound
+    assert "gradient, bfloat16 on cpu - float32 on CPU" in figures
