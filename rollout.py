@@ -59,13 +59,14 @@ class Sequences:
         self.width = width
         self.order = self.used = None
         self.in_order = order is None or order == sorted(order)
-        starts = [0, *accumulate(lengths)]
         if order is not None:
             self.order = torch.tensor(order, device=device)
-        if width is not None:
-            starts = range(0, (len(lengths) + 1) * width, width)
+        if width is None:
+            starts = [0, *accumulate(lengths)]
+            self.cu = torch.tensor(starts, dtype=torch.int32, device=device)
+        else:
             self.used = torch.tensor(lengths, dtype=torch.int32, device=device)
-        self.cu = torch.tensor(starts, dtype=torch.int32, device=device)
+            self.cu = torch.arange(len(lengths) + 1, dtype=torch.int32, device=device) * width
 
     @cached_property
     def is_even(self):
@@ -793,12 +794,17 @@ class Prefill:
 class Decode:
     """Layout of a decoding step: every running sequence adds one token.
 
-    size: rows of the step, and slots: prompt slots; more than are used, where a CUDA graph wants
-    fixed shapes. Idle rows run as a first token of the first prompt, in free answer slots.
+    fixed: of one of a few shapes, for CUDA graphs: a power of two of rows, all prompt slots. Idle
+    rows run as a first token of the first prompt, in free answer slots.
     """
 
-    def __init__(self, scheduler, prompts, cache, size, slots, device):
+    def __init__(self, scheduler, prompts, cache, fixed, device):
         (_, prefix), (_, prompt_width), (_, self.answer_width) = cache.levels
+        size = len(scheduler.running)
+        slots = len(scheduler.prompts)
+        if fixed:
+            size = min(scheduler.max_running, 1 << (size - 1).bit_length())
+            slots = scheduler.max_prompts
         idle = [*range(len(scheduler.running), size)]
         order, counts = scheduler.by_prompt()
         counts[0] += len(idle)
@@ -824,20 +830,17 @@ class Decode:
 
     def feed(self, ids_NT):
         """Take each sequence's last token as the input of the next step."""
-        device = ids_NT.device
         lengths = [sequence.num_tokens for sequence in self.sequences]
-        self.own = Segment(
-            self.single, Sequences(lengths, device, width=self.answer_width), own=True
-        )
-        self.columns_A = torch.tensor(lengths, device=device) - 1
+        keys = Sequences(lengths, ids_NT.device, width=self.answer_width)
+        self.own = Segment(self.single, keys, own=True)
+        self.columns_A = keys.used - 1
         self.input_ids = ids_NT[self.rows_A, self.columns_A][None]
         self.position_ids = (self.prompt_lengths_A + self.columns_A)[None]
 
     def attend(self, layer, q_AHD, k_AKD, v_AKD, scale):
         """Keys and values enter the cache; returns the output [A, H, D]."""
         prefix, prompts, answers = self.cache.layer(layer, k_AKD)
-        for cached, new in zip(answers, (k_AKD, v_AKD), strict=True):
-            cached[self.slots_A, self.columns_A] = new
+        answers[:, self.slots_A, self.columns_A] = torch.stack([k_AKD, v_AKD])
         parts = [(self.own, *answers), (self.prompts, *prompts)]
         if self.prefix:
             parts.append((self.prefix, *prefix))
@@ -875,14 +878,6 @@ class DecodeGraphs:
             captured.copy_(new)
         graph.replay()
         return hidden_AD
-
-
-def step_shape(scheduler, fixed):
-    """Rows and prompt slots of a step: those in use; where `fixed`, one of a few shapes."""
-    running = len(scheduler.running)
-    if not fixed:
-        return running, len(scheduler.prompts)
-    return min(scheduler.max_running, 1 << (running - 1).bit_length()), scheduler.max_prompts
 
 
 def fit_rows(prompts, group_size, max_new_tokens, cache_tokens):
@@ -933,6 +928,55 @@ def _check_sample(model, prompts, group_size, max_new_tokens, eos_id):
         raise ValueError("call rollout.use_tree_attention(model) first")
 
 
+class Answers:
+    """The table of what was drawn, [N, T] on the device, and of the uniforms to draw from."""
+
+    def __init__(self, draws_NT, label_ids, device):
+        N, T = draws_NT.shape
+        self.draws_NT = torch.from_numpy(draws_NT).to(device)
+        self.ids_NT = torch.zeros(N, T, dtype=torch.long, device=device)
+        self.logprobs_NT = torch.zeros(N, T, device=device)
+        self.label_ids = label_ids
+        self.label_logits_NTY = torch.zeros(N, T, len(label_ids or []), device=device)
+        self.lengths = [0] * N
+        self.ended = [False] * N
+
+    def draw(self, sequences, logits_AV, temperature, eos_id):
+        """Draw the next token of each sequence; returns which of them, by number, are done."""
+        device = logits_AV.device
+        rows_A = torch.tensor([sequence.row for sequence in sequences], device=device)
+        at_A = torch.tensor([sequence.num_tokens for sequence in sequences], device=device)
+        ids_A, logprobs_A = choose_tokens(logits_AV, self.draws_NT[rows_A, at_A], temperature)
+        self.ids_NT[rows_A, at_A] = ids_A
+        self.logprobs_NT[rows_A, at_A] = logprobs_A
+        if self.label_ids is not None:
+            self.label_logits_NTY[rows_A, at_A] = logits_AV[:, self.label_ids].float()
+        done = []
+        is_eos = (ids_A == eos_id).tolist()
+        for number, sequence in enumerate(sequences):
+            sequence.num_tokens += 1
+            if is_eos[number] or sequence.num_tokens == self.ids_NT.shape[1]:
+                done.append(number)
+                self.lengths[sequence.row] = sequence.num_tokens
+                self.ended[sequence.row] = is_eos[number]
+        return done
+
+    def rollout(self, group_size):
+        """All of it as a Rollout, once every sequence is done."""
+        device = self.ids_NT.device
+        lengths_N = torch.tensor(self.lengths, device=device)
+        is_token_NT = torch.arange(self.ids_NT.shape[1], device=device) < lengths_N[:, None]
+        rows = [row[:n] for row, n in zip(self.ids_NT.tolist(), self.lengths, strict=True)]
+        logits_AY = None if self.label_ids is None else self.label_logits_NTY[is_token_NT]
+        return Rollout(
+            answers=[rows[i : i + group_size] for i in range(0, len(rows), group_size)],
+            lengths_N=lengths_N,
+            ended_N=torch.tensor(self.ended, device=device),
+            logprobs_A=self.logprobs_NT[is_token_NT],
+            label_logits_AY=logits_AY,
+        )
+
+
 @torch.no_grad()
 def sample(
     model,
@@ -961,86 +1005,52 @@ def sample(
     """
     _check_sample(model, prompts, group_size, max_new_tokens, eos_id)
     device = model.device
-    G, T = group_size, max_new_tokens
-    N = len(prompts) * G
-    draws_NT = np.zeros((N, T))  # at temperature 0 nothing is drawn
+    draws_NT = np.zeros((len(prompts) * group_size, max_new_tokens))
     if temperature:
-        draws_NT = uniforms(seed, step, range(first_row, first_row + N), T)
-    draws_NT = torch.from_numpy(draws_NT).to(device)
-    labels_Y = torch.tensor(label_ids or [], dtype=torch.long, device=device)
-    ids_NT = torch.zeros(N, T, dtype=torch.long, device=device)
-    logprobs_NT = torch.zeros(N, T, device=device)
-    label_logits_NTY = torch.zeros(N, T, len(labels_Y), device=device)
-    lengths_N, ended_N = [0] * N, [False] * N
-
-    # What the cache holds: the prefix, and the prompts and answers at work.
-    max_running, max_prompts = fit_rows(prompts, G, T, cache_tokens)
+        rows = range(first_row, first_row + len(draws_NT))
+        draws_NT = uniforms(seed, step, rows, max_new_tokens)
+    answers = Answers(draws_NT, label_ids, device)
+    max_running, max_prompts = fit_rows(prompts, group_size, max_new_tokens, cache_tokens)
+    scheduler = Scheduler(len(prompts), group_size, max_running, max_prompts)
     prefix = common_prefix_length(prompts)
     width = max(map(len, prompts)) - prefix
-    cache = KVCache((1, prefix), (max_prompts, width), (max_running, T))
-    scheduler = Scheduler(len(prompts), G, max_running, max_prompts)
+    cache = KVCache((1, prefix), (max_prompts, width), (max_running, max_new_tokens))
+    graphs = DecodeGraphs()
+
+    # 1. Prefill the common prefix.
     for start in range(0, prefix, PREFILL_TOKENS):
         chunk = prompts[0][start : min(prefix, start + PREFILL_TOKENS)]
         forward(model, Prefill([chunk], start, cache, KVCache.PREFIX, slice(0, 1), device))
 
-    graphs = DecodeGraphs()
     decode = None  # the layout of a step, as long as the same sequences run
     while scheduler.waiting or scheduler.running:
-        # 1. Prefill waiting prompts if there is room, else run one step of all sequences.
+        # 2. Prefill waiting prompts if there is room, else run one step of all sequences.
         admitted = scheduler.admit(most=max(1, PREFILL_TOKENS // width))
         if admitted:
             rows = [prompts[number][prefix:] for number in admitted]
             slots = slice(len(scheduler.prompts) - len(admitted), len(scheduler.prompts))
             prefill = Prefill(rows, prefix, cache, KVCache.PROMPTS, slots, device)
-            hidden_AD = forward(model, prefill)[prefill.last_R].repeat_interleave(G, 0)
+            hidden_AD = forward(model, prefill)[prefill.last_R].repeat_interleave(group_size, 0)
             decode = None
         else:
-            if decode is None:
-                fixed = on_cuda_kernels(cache.layers[0][KVCache.ANSWERS])
-                size, slots = step_shape(scheduler, fixed)
-                decode = Decode(scheduler, prompts, cache, size, slots, device)
-            decode.feed(ids_NT)
-            run = graphs.run if cuda_graphs and fixed else forward
+            fixed = on_cuda_kernels(cache.layers[0][KVCache.ANSWERS])
+            decode = decode or Decode(scheduler, prompts, cache, fixed, device)
+            decode.feed(answers.ids_NT)
+            run = graphs.run if fixed and cuda_graphs else forward
             hidden_AD = run(model, decode)[: len(scheduler.running)]
+
+        # 3. Draw a token for each of these sequences: all, or the newest.
         first = len(scheduler.running) - len(hidden_AD)
-        drawing = scheduler.running[first:]
-
-        # 2. Draw a token for each.
-        rows_A = torch.tensor([sequence.row for sequence in drawing], device=device)
-        at_A = torch.tensor([sequence.num_tokens for sequence in drawing], device=device)
         logits_AV = model.get_output_embeddings()(hidden_AD)
-        ids_A, logprobs_A = choose_tokens(logits_AV, draws_NT[rows_A, at_A], temperature)
-        ids_NT[rows_A, at_A] = ids_A
-        logprobs_NT[rows_A, at_A] = logprobs_A
-        if label_ids is not None:
-            label_logits_NTY[rows_A, at_A] = logits_AV[:, labels_Y].float()
+        done = answers.draw(scheduler.running[first:], logits_AV, temperature, eos_id)
 
-        # 3. End the sequences that are done; their slots are free for others.
-        done = []
-        is_eos = (ids_A == eos_id).tolist()
-        for slot, sequence in enumerate(drawing, first):
-            sequence.num_tokens += 1
-            ended = is_eos[slot - first]
-            if ended or sequence.num_tokens == T:
-                done.append(slot)
-                lengths_N[sequence.row] = sequence.num_tokens
-                ended_N[sequence.row] = ended
+        # 4. Those that are done leave their slots to others.
         if done:
-            answers, of_prompts = scheduler.finish(done)
-            cache.move(KVCache.ANSWERS, *answers)
-            cache.move(KVCache.PROMPTS, *of_prompts)
+            moved_answers, moved_prompts = scheduler.finish([first + number for number in done])
+            cache.move(KVCache.ANSWERS, *moved_answers)
+            cache.move(KVCache.PROMPTS, *moved_prompts)
             decode = None
-
-    rows = [row[:length] for row, length in zip(ids_NT.tolist(), lengths_N, strict=True)]
-    lengths_N = torch.tensor(lengths_N, device=device)
-    is_token_NT = torch.arange(T, device=device) < lengths_N[:, None]
-    return Rollout(
-        answers=[rows[i : i + G] for i in range(0, N, G)],
-        lengths_N=lengths_N,
-        ended_N=torch.tensor(ended_N, device=device),
-        logprobs_A=logprobs_NT[is_token_NT],
-        label_logits_AY=None if label_ids is None else label_logits_NTY[is_token_NT],
-    )
+    return answers.rollout(group_size)
 
 
 class Engine:
