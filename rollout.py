@@ -561,20 +561,22 @@ def micro_batches(prompts, answers, max_tokens):
 
     Returns pairs of slices: of the prompts, and of the batch's packed answer tokens [A].
     """
+    if not prompts:
+        return []
     pairs = []
-    start = used = 0  # of the micro-batch that is being filled: its first prompt, its tokens
+    prefix = common_prefix_length(prompts)  # packed once in each micro-batch
+    start = 0  # of the micro-batch that is being filled: its first prompt
+    used = prefix  # its tokens
     first_token = token = 0  # its first answer token; the answer tokens so far
     for i, (prompt, group) in enumerate(zip(prompts, answers, strict=True)):
         new = sum(map(len, group))
-        need = len(prompt) + new
-        if used and used + need > max_tokens:
+        need = len(prompt) - prefix + new
+        if i > start and used + need > max_tokens:
             pairs.append((slice(start, i), slice(first_token, token)))
-            start, first_token, used = i, token, 0
+            start, first_token, used = i, token, prefix
         used += need
         token += new
-    if used:
-        pairs.append((slice(start, len(prompts)), slice(first_token, token)))
-    return pairs
+    return [*pairs, (slice(start, len(prompts)), slice(first_token, token))]
 
 
 # Sampling -----------------------------------------------------------------------------------------

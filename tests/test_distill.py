@@ -607,6 +607,17 @@ def test_on_policy_uses_the_students_own_samples(task, monkeypatch):
     assert losses[0] == pytest.approx(fresh(answered, fresh.weight(answered)).item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("student", ["student", "model"])
+def test_bf16_on_a_cpu(task, monkeypatch, student):
+    """Teacher and student compute in bfloat16: float32's losses but for rounding."""
+    losses = []
+    for name in "01":
+        run(monkeypatch, task, f"--student={task / student}", f"--bf16={name}", f"--cache={task.parent / name}", out=f"o{name}")
+        records = (task.parent / f"o{name}" / "metrics.jsonl").read_text().splitlines()
+        losses.append([json.loads(record)["loss"] for record in records])
+    assert losses[0] != losses[1] == pytest.approx(losses[0], rel=0.05)
+
+
 def test_same_seed_same_bytes_and_gold_alone(task, monkeypatch):
     """Runs repeat; --loss gold asks no teacher; --labelled hides the other labels."""
     seeds, batch = [], parallel.epoch_batch

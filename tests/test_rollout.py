@@ -223,19 +223,20 @@ def test_micro_batches_take_every_token_once():
     """A token skipped or taken twice trains on another batch; a budget that is just met must not cut, one token more must."""
     prompts, ids = PROMPTS["unequal"] * 2, iter(range(1000))  # no id twice, so that a shifted slice differs
     answers = [[[next(ids) for _ in answer] for answer in group] for group in some_answers(prompts, 3)]
-    needs = [len(prompt) + sum(map(len, group)) for prompt, group in zip(prompts, answers, strict=True)]
+    prefix = len(PREFIX)  # stands in each micro-batch once
+    needs = [len(prompt) - prefix + sum(map(len, group)) for prompt, group in zip(prompts, answers, strict=True)]
     packed = rollout.Tree(prompts, answers).targets_A
-    for budget in range(1, sum(needs) + 2):
+    for budget in range(1, prefix + sum(needs) + 2):
         pairs = rollout.micro_batches(prompts, answers, budget)
         assert [prompt for part, _ in pairs for prompt in prompts[part]] == prompts
         assert [token for _, tokens in pairs for token in packed[tokens].tolist()] == packed.tolist()
         for part, tokens in pairs:
             assert torch.equal(packed[tokens], rollout.Tree(prompts[part], answers[part]).targets_A)
-            used, following = sum(needs[part]), needs[part.stop : part.stop + 1]
+            used, following = prefix + sum(needs[part]), needs[part.stop : part.stop + 1]
             assert (used <= budget or len(needs[part]) == 1) and all(used + need > budget for need in following)
-    assert len(rollout.micro_batches(prompts, answers, sum(needs))) == 1
+    assert len(rollout.micro_batches(prompts, answers, prefix + sum(needs))) == 1
     answers[-1][-1].append(next(ids))
-    assert len(rollout.micro_batches(prompts, answers, sum(needs))) == 2
+    assert len(rollout.micro_batches(prompts, answers, prefix + sum(needs))) == 2
     assert rollout.micro_batches([], [], 1) == [] and [prompts[rollout.EMPTY[0]], packed[rollout.EMPTY[1]].tolist()] == [[], []]
 
 

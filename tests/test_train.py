@@ -156,6 +156,20 @@ def test_master_weights_move_at_the_default_learning_rate(task, tmp_path, monkey
     assert moved > 0.99 * total
 
 
+def test_bf16_on_a_cpu(task, tmp_path, monkeypatch):
+    """bfloat16 computes and samples, float32 holds the weights: the losses of float32 but for rounding, a bfloat16 export."""
+    for path in task.glob("test*.jsonl"):
+        path.write_text("".join(path.read_text().splitlines(keepends=True)[:2]))
+    for name in "01":
+        flags = [f"--bf16={name}", "--kl_coef=0.1", "--sft_steps=2", "--rl_steps=2", "--eval_every=0"]
+        run(monkeypatch, task, tmp_path / name, *flags)
+    exact, rounded = (lines(tmp_path / name / "metrics.jsonl") for name in "01")
+    assert exact[1]["loss"] != rounded[1]["loss"] == pytest.approx(exact[1]["loss"], rel=0.01)
+    assert all(0 < record["mismatch"] < 0.05 for record in rounded[2:])
+    for name, dtype in (("0", "float32"), ("1", "bfloat16")):
+        assert json.loads((tmp_path / name / "model" / "config.json").read_text())["dtype"] == dtype
+
+
 def test_rl_alone_from_a_model_and_without_demonstrations(task, tmp_path, monkeypatch):
     """A folder without sft.jsonl goes straight to RL; the summary then says what the model could before."""
     (task / "sft.jsonl").unlink()
