@@ -55,6 +55,7 @@ class Sequences:
     def __init__(self, lengths, device, *, order=None, width=None, most=None):
         self.lengths = lengths
         self.longest = max(lengths)
+        self.is_even = min(lengths) == self.longest
         self.most = most or width or self.longest
         self.width = width
         self.order = self.used = None
@@ -67,11 +68,6 @@ class Sequences:
         else:
             self.used = torch.tensor(lengths, dtype=torch.int32, device=device)
             self.cu = torch.arange(len(lengths) + 1, dtype=torch.int32, device=device) * width
-
-    @cached_property
-    def is_even(self):
-        """Whether all sequences are equally long."""
-        return min(self.lengths) == self.longest
 
     @cached_property
     def cells_S(self):

@@ -71,11 +71,12 @@ def time_of(run, device):
 
 def hardware(device, dtype):
     """Measured rates of this device: a large matrix product in flop/s, a large copy in bytes/s."""
-    a = torch.randn(2048, 2048, device=device, dtype=dtype)
+    size = 8192 if device.type == "cuda" else 2048
+    a = torch.randn(size, size, device=device, dtype=dtype)
     source = torch.zeros(2**26, device=device)
     target = source.clone()
     best = lambda run: min(time_of(run, device) for _ in range(10))
-    return 2 * 2048**3 / best(lambda: a @ a), 2 * source.nbytes / best(lambda: target.copy_(source))
+    return 2 * size**3 / best(lambda: a @ a), 2 * source.nbytes / best(lambda: target.copy_(source))
 
 
 def numbers_of(model):
