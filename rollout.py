@@ -741,7 +741,12 @@ class KVCache:
         """Of one layer the three levels, each [2, slots, width, K, D]: keys and values."""
         if layer == len(self.layers):
             K, D = like_SKD.shape[1:]
-            tensors = [like_SKD.new_zeros(2, n, width, K, D) for n, width in self.levels]
+            tensors = []
+            for n, width in self.levels:
+                # On a CPU, where kernels take one head at a time, its keys lie side by side.
+                cells = (width, K) if like_SKD.is_cuda else (K, width)
+                tensor = like_SKD.new_zeros(2, n, *cells, D)
+                tensors.append(tensor if like_SKD.is_cuda else tensor.transpose(2, 3))
             self.layers.append(tensors)
         return self.layers[layer]
 
