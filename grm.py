@@ -1026,7 +1026,8 @@ def score_file(args):
     inputs_hash = parallel.hash_inputs(inputs)  # before they are read: it refuses damaged ones
     renderer, engine = load_judge(args.model, args.task, args.max_new_tokens)
     records = renderer.task.read(args.pairs, required=())
-    parallel.announce(parallel.Ranks(), False, engine.model, {args.pairs: records}, out)
+    bf16 = engine.model.dtype == torch.bfloat16
+    parallel.announce(parallel.Ranks(), bf16, engine.model, {args.pairs: records}, out)
     # All prompts, so that a pair that does not fit is named before any work.
     renderer.prompts(parallel.Bar(records, desc="prompts", delay=parallel.LINE_SECONDS))
     if renderer.truncated:

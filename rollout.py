@@ -743,10 +743,11 @@ class KVCache:
             K, D = like_SKD.shape[1:]
             tensors = []
             for n, width in self.levels:
-                # On a CPU, where kernels take one head at a time, its keys lie side by side.
-                cells = (width, K) if like_SKD.is_cuda else (K, width)
-                tensor = like_SKD.new_zeros(2, n, *cells, D)
-                tensors.append(tensor if like_SKD.is_cuda else tensor.transpose(2, 3))
+                if like_SKD.is_cuda:
+                    tensors.append(like_SKD.new_zeros(2, n, width, K, D))
+                else:
+                    # Kernels take one head at a time: its keys lie side by side.
+                    tensors.append(like_SKD.new_zeros(2, n, K, width, D).transpose(2, 3))
             self.layers.append(tensors)
         return self.layers[layer]
 
@@ -939,7 +940,9 @@ class Answers:
         self.draws_NT = torch.from_numpy(draws_NT).to(device)
         self.ids_NT = torch.zeros(N, T, dtype=torch.long, device=device)
         self.logprobs_NT = torch.zeros(N, T, device=device)
-        self.label_ids = label_ids
+        self.label_ids_Y = None
+        if label_ids is not None:
+            self.label_ids_Y = torch.tensor(label_ids, device=device)
         self.label_logits_NTY = torch.zeros(N, T, len(label_ids or []), device=device)
         self.lengths = [0] * N
         self.ended = [False] * N
@@ -952,8 +955,8 @@ class Answers:
         ids_A, logprobs_A = choose_tokens(logits_AV, self.draws_NT[rows_A, at_A], temperature)
         self.ids_NT[rows_A, at_A] = ids_A
         self.logprobs_NT[rows_A, at_A] = logprobs_A
-        if self.label_ids is not None:
-            self.label_logits_NTY[rows_A, at_A] = logits_AV[:, self.label_ids].float()
+        if self.label_ids_Y is not None:
+            self.label_logits_NTY[rows_A, at_A] = logits_AV[:, self.label_ids_Y].float()
         done = []
         is_eos = (ids_A == eos_id).tolist()
         for number, sequence in enumerate(sequences):
@@ -970,7 +973,7 @@ class Answers:
         lengths_N = torch.tensor(self.lengths, device=device)
         is_token_NT = torch.arange(self.ids_NT.shape[1], device=device) < lengths_N[:, None]
         rows = [row[:n] for row, n in zip(self.ids_NT.tolist(), self.lengths, strict=True)]
-        logits_AY = None if self.label_ids is None else self.label_logits_NTY[is_token_NT]
+        logits_AY = None if self.label_ids_Y is None else self.label_logits_NTY[is_token_NT]
         return Rollout(
             answers=[rows[i : i + group_size] for i in range(0, len(rows), group_size)],
             lengths_N=lengths_N,
