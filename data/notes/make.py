@@ -2,15 +2,17 @@
 
     python data/notes/make.py                         # rewrites the files beside this one
     python data/notes/make.py --format answer-first --out data/notes-answer-first  # grade first
+    python data/notes/make.py --steps 8 --out data/notes-8    # five more rules, each its own step
 
 The world: a query names a topic and up to three constraints; a note is about one topic, may give
-values for constraints, and may be promotion. `grades` below is the whole business logic, the same
-that criteria.md tells the model in words.
+values for constraints, may be promotion, and with `--steps` may have traits (`TRAITS`). `grades`
+below is the whole business logic, the same that criteria.md tells the model in words.
 
 The demonstrations come from a *generic annotator*: it reads facts well and writes fluently, but
 knows this business's rules only now and then (`ANNOTATOR`). A model fine-tuned on them reasons in
 the right form and grades wrongly; what is left to learn, when a rule applies, is in the labels
-alone. That is the gap that reinforcement learning has to close.
+alone. That is the gap that reinforcement learning has to close. The more rules there are, the more
+often its errors cancel, and a right grade hides wrong steps; `--error` sets how often it errs.
 
 LONGTAIL: topics, promotion words and combinations of rules that are rare in the demonstrations
 (`is_longtail`).
@@ -48,35 +50,42 @@ FILLER = (
     "photos part two this that with and for in the a week trip shop day little big happy"
 ).split()
 
-# How often the generic annotator applies each rule. Facts (same, silent, ...) it states correctly.
-ANNOTATOR = {"topic": 0.95, "silent": 0.30, "contradicted": 0.25, "promotion": 0.15}
-
-CRITERIA = r"""---
-labels: ["-1", "0", "1", "2", "3"]  # from worst to best
-relevant: ["2", "3"]
-steps: [topic, constraints, promotion]
-format: reason-first
----
-You grade how well a note answers a query. Work in three steps and close every step with the grade so far as \boxed{grade}.
-Topic: the same topic gets 3, a related topic of the same category gets 1, any other topic gets -1.
-Constraints: a query can ask for a place, a season and an audience. Every constraint that the note is silent about costs
-one grade, but never below 0. A contradicted constraint caps the grade at 0. A grade of -1 stays.
-Promotion: a note that is sponsored, gifted or affiliate is capped at 1.
-The last grade is the answer.
-"""  # noqa: E501 (a line of it is a line of the file)
-
-ANSWER_FIRST = {
-    "format: reason-first": "format: answer-first",
-    "Work in three steps and close every step with the grade so far as \\boxed{grade}.": (
-        "Begin with the grade as \\boxed{grade}.\n"
-        "Then explain it in three steps and close every step with the grade so far as "
-        "\\boxed{grade}."
-    ),
-    "The last grade is the answer.": "The first grade is the answer, the last one repeats it.",
+# Of the fourth step and those behind it: the words that give a note the trait, and how far that
+# moves the grade, between 0 and 3.
+TRAITS = {
+    "language": (["dutch", "finnish"], -1),
+    "price": (["cheap", "bargain"], 1),
+    "freshness": (["outdated", "old"], -1),
+    "length": (["detailed", "thorough"], 1),
+    "safety": (["unsafe", "scam"], -3),
 }
 
+# How often the generic annotator applies each rule. Facts (same, silent, ...) it states correctly.
+ANNOTATOR = {"topic": 0.95, "silent": 0.30, "contradicted": 0.25, "promotion": 0.15}
+ANNOTATOR |= dict.fromkeys(TRAITS, 0.25)
+
+RULES = {  # a step each
+    "topic": (
+        "Topic: the same topic gets 3, a related topic of the same category gets 1, "
+        "any other topic gets -1."
+    ),
+    "constraints": (
+        "Constraints: a query can ask for a place, a season and an audience. "
+        "Every constraint that the note is silent about costs\n"
+        "one grade, but never below 0. A contradicted constraint caps the grade at 0. "
+        "A grade of -1 stays."
+    ),
+    "promotion": "Promotion: a note that is sponsored, gifted or affiliate is capped at 1.",
+    "language": "Language: a note in dutch or finnish costs one grade, but never below 0.",
+    "price": "Price: a note about something cheap or a bargain gains one grade, but never above 3.",
+    "freshness": "Freshness: a note that is outdated or old costs one grade, but never below 0.",
+    "length": "Length: a note that is detailed or thorough gains one grade, but never above 3.",
+    "safety": "Safety: a note about something unsafe or a scam is capped at 0.",
+}
+NUMBERS = ["one", "two", "three", "four", "five", "six", "seven", "eight"]
+
 TRAIN = """{
-  "max_new_tokens": 64,
+  "max_new_tokens": %d,
   "eval_every": 40,
   "sft_steps": 1400,
   "sft_batch": 16,
@@ -91,7 +100,7 @@ TRAIN = """{
 DISTILL = """{
   "pairs": "train.jsonl,sft.jsonl,unlabelled.jsonl",
   "samples": 1,
-  "max_new_tokens": 64,
+  "max_new_tokens": %d,
   "steps": 6500,
   "batch": 32,
   "lr": 2e-3
@@ -104,9 +113,31 @@ CHAT_TEMPLATE = (
 )
 
 
-def draw_pair(rng, topic_weights):
-    """One query and one note as facts (topics, statuses of the constraints, promotion word) and as
-    texts.
+def write_criteria(num_steps, answer_format):
+    """The text of criteria.md, front matter and body."""
+    steps = list(RULES)[:num_steps]
+    in_steps = f"{NUMBERS[num_steps - 1]} step{'s' if num_steps > 1 else ''}"
+    closing = "close every step with the grade so far as \\boxed{grade}."
+    if answer_format == "reason-first":
+        task = f"Work in {in_steps} and {closing}"
+        last = "The last grade is the answer."
+    else:
+        begin = "Begin with the grade as \\boxed{grade}."
+        task = f"{begin}\nThen explain it in {in_steps} and {closing}"
+        last = "The first grade is the answer, the last one repeats it."
+    front = [
+        'labels: ["-1", "0", "1", "2", "3"]  # from worst to best',
+        'relevant: ["2", "3"]',
+        f"steps: [{', '.join(steps)}]",
+        f"format: {answer_format}",
+    ]
+    body = [f"You grade how well a note answers a query. {task}", *(RULES[step] for step in steps)]
+    return "\n".join(["---", *front, "---", *body, last, ""])
+
+
+def draw_pair(rng, topic_weights, traits):
+    """One query and one note as facts (topics, statuses of the constraints, promotion word, words
+    of the traits) and as texts.
     """
     topics = [t for group in CATEGORIES.values() for t in group]
     topic = rng.choices(topics, [topic_weights.get(t, 1.0) for t in topics])[0]
@@ -138,6 +169,11 @@ def draw_pair(rng, topic_weights):
     promotion = rng.choices(PROMOTION, [0.45, 0.45, 0.10])[0] if rng.random() < 0.45 else "none"
     if promotion != "none":
         told.append(promotion)
+    words = {}
+    for name in traits:
+        words[name] = rng.choice(TRAITS[name][0]) if rng.random() < 0.35 else "none"
+        if words[name] != "none":
+            told.append(words[name])
     note = told + rng.choices(FILLER, k=rng.randint(8, 16))
     rng.shuffle(asked)
     rng.shuffle(note)
@@ -147,6 +183,7 @@ def draw_pair(rng, topic_weights):
         "topics": (topic, note_topic, relation),
         "constraints": facts,
         "promotion": promotion,
+        "traits": words,
     }
 
 
@@ -156,7 +193,7 @@ def category_of(topic):
 
 
 def grades(pair, applies=lambda rule: True, rng=None):
-    """The grade after each of the three steps.
+    """The grade after each step; a pair without traits has three.
 
     applies(rule): whether this reader applies the rule this time.
     """
@@ -173,6 +210,10 @@ def grades(pair, applies=lambda rule: True, rng=None):
     if pair["promotion"] != "none" and applies("promotion"):
         grade = min(grade, 1)
     steps.append(grade)
+    for name, word in pair["traits"].items():
+        if word != "none" and grade >= 0 and applies(name):
+            grade = min(3, max(0, grade + TRAITS[name][1]))
+        steps.append(grade)
     return steps
 
 
@@ -189,7 +230,8 @@ def write_response(pair, steps):
     for name, (asked, told, status) in pair["constraints"].items():
         there = "found" if status == "match" else told
         parts.append(f"{name}: any." if status == "any" else f"{name}: {asked}, {there}, {status}.")
-    texts = [topic, " ".join(parts), f"promotion: {pair['promotion']}"]
+    traits = [f"{name}: {word}" for name, word in pair["traits"].items()]
+    texts = [topic, " ".join(parts), f"promotion: {pair['promotion']}", *traits][: len(steps)]
     return " ".join(f"{text} \\boxed{{{grade}}}" for text, grade in zip(texts, steps, strict=True))
 
 
@@ -205,15 +247,19 @@ def is_longtail(pair):
     return pair["topics"][2] != "other" and rules >= 2
 
 
-def make_records(rng):
+def make_records(rng, num_steps, error):
     """All files' records; no (query, document) stands in two of them."""
+    traits = list(TRAITS)[: max(0, num_steps - 3)]
+    annotator = ANNOTATOR
+    if error is not None:
+        annotator = dict.fromkeys(ANNOTATOR, 1 - error) | {"topic": ANNOTATOR["topic"]}
     seen = set()
     files = {name: [] for name in SIZES}
     rare = dict.fromkeys(RARE_TOPICS, 0.5)
 
     def fresh(keep, weights):
         while True:
-            pair = draw_pair(rng, weights)
+            pair = draw_pair(rng, weights, traits)
             if keep(pair) and (pair["query"], pair["document"]) not in seen:
                 seen.add((pair["query"], pair["document"]))
                 return pair
@@ -222,13 +268,13 @@ def make_records(rng):
         keep = is_longtail if name == "test_longtail" else lambda pair: True
         for _ in range(SIZES[name]):
             pair = fresh(keep, {})
-            steps = [str(g) for g in grades(pair)]
+            steps = [str(g) for g in grades(pair)[:num_steps]]
             texts = {"query": pair["query"], "document": pair["document"]}
             files[name].append(texts | {"label": steps[-1], "step_labels": steps})
     for _ in range(SIZES["sft"]):
         # In the demonstrations the long tail is thinned out: kept one time in three.
         pair = fresh(lambda p: not is_longtail(p) or rng.random() < 1 / 3, rare)
-        steps = grades(pair, lambda rule: rng.random() < ANNOTATOR[rule], rng)
+        steps = grades(pair, lambda rule: rng.random() < annotator[rule], rng)[:num_steps]
         texts = {"query": pair["query"], "document": pair["document"]}
         files["sft"].append(texts | {"response": write_response(pair, steps)})
     for _ in range(SIZES["unlabelled"]):  # what distillation has in plenty
@@ -344,19 +390,19 @@ def answer_first(record):
     return record
 
 
-def make(out, answer_format="reason-first"):
-    """Write the whole task folder into `out` (a pathlib.Path)."""
+def make(out, answer_format="reason-first", num_steps=3, error=None):
+    """Write the whole task folder into `out` (a pathlib.Path).
+
+    error: how often the annotator misses a business rule; None: as often as ANNOTATOR says.
+    """
     out.mkdir(parents=True, exist_ok=True)
-    is_answer_first = answer_format == "answer-first"
-    criteria = CRITERIA
-    if is_answer_first:
-        for old, new in ANSWER_FIRST.items():
-            criteria = criteria.replace(old, new)
+    criteria = write_criteria(num_steps, answer_format)
     (out / "criteria.md").write_text(criteria, encoding="utf-8")
-    (out / "train.json").write_text(TRAIN, encoding="utf-8")
-    (out / "distill.json").write_text(DISTILL, encoding="utf-8")
-    for name, records in make_records(random.Random(SEED)).items():
-        if is_answer_first:
+    longest = 64 + 6 * max(0, num_steps - 3)
+    for name, text in {"train.json": TRAIN, "distill.json": DISTILL}.items():
+        (out / name).write_text(text % longest, encoding="utf-8")
+    for name, records in make_records(random.Random(SEED), num_steps, error).items():
+        if answer_format == "answer-first":
             records = map(answer_first, records)
         lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         (out / f"{name}.jsonl").write_text(lines, encoding="utf-8")
@@ -366,6 +412,7 @@ def make(out, answer_format="reason-first"):
         "document note place season audience topic promotion : , . -1 0 1 2 3"
     )
     groups = [CATEGORIES, *CATEGORIES.values(), *CONSTRAINTS.values(), PROMOTION, FILLER]
+    groups += [TRAITS[name][0] for name in RULES if name in TRAITS and name in body.lower()]
     words = " ".join(word for group in groups for word in group)
     tokenizer = make_tokenizer([body, frame, words])
     tokenizer.save_pretrained(out / "model")
@@ -375,11 +422,26 @@ def make(out, answer_format="reason-first"):
     make_student_config(student_tokenizer).save_pretrained(out / "student")
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+def main():
+    """Write a task folder."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     here = Path(__file__).parent
     formats = ["reason-first", "answer-first"]
     parser.add_argument("--out", type=Path, default=here, help="to write (default: this one)")
     parser.add_argument("--format", choices=formats, default=formats[0], help="of the answers")
+    parser.add_argument(
+        "--steps", type=int, choices=range(1, 9), default=3, help="business rules (default: 3)"
+    )
+    parser.add_argument(
+        "--error",
+        type=float,
+        help="how often the annotator misses a rule (default: by rule, 0.7 to 0.85)",
+    )
     args = parser.parse_args()
-    make(args.out, args.format)
+    if args.out == here and (args.steps != 3 or args.error is not None):
+        parser.error("--steps and --error make another task: name its folder with --out")
+    make(args.out, args.format, args.steps, args.error)
+
+
+if __name__ == "__main__":
+    main()
