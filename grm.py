@@ -163,6 +163,17 @@ class Task:
         """Names of an answer's boxes; an answer-first answer begins with the label's own."""
         return self.steps if self.format == "reason-first" else ["label", *self.steps]
 
+    def moves(self, labels):
+        """How far each box of an answer moves the grade, in places of `labels`; the first from 0.
+
+        Answer-first, the steps begin again from 0 behind the answer's own box.
+        """
+        places = [self.labels.index(label) for label in labels]
+        before = [0, *places]
+        if self.format == "answer-first":
+            before[1:2] = [0]
+        return [place - start for place, start in zip(places, before, strict=False)]
+
     def read(self, path, required=("label",)):
         """Read a JSON Lines file of pairs, checked: query, document, and what is `required` of
         label and response.
@@ -670,6 +681,16 @@ def step_verdicts(trace, targets):
     return [step.label == target for step, target in zip(trace.steps, targets, strict=False)]
 
 
+def step_changes(trace, targets, task):
+    """Whether each step moves the grade as its target does (our rule); [] for a malformed answer.
+
+    A grade so far carries a slip into all that follows: behind it every label is another than its
+    target, though the decisions may be right.
+    """
+    moves = task.moves([step.label for step in trace.steps])
+    return [move == target for move, target in zip(moves, task.moves(targets), strict=False)]
+
+
 # Metrics ------------------------------------------------------------------------------------------
 
 
@@ -682,8 +703,9 @@ def metrics(task, records, predictions):
     accuracy, binary_accuracy (relevant or not), macro_f1 (the mean over the labels that occur in
     the gold data), kappa (quadratic), recall of each label that occurs, and confusion (rows: gold;
     columns: predicted, malformed last) come from one table. ece, the calibration error, needs
-    probs; ndcg@10 needs query_id; step_accuracy needs step_labels and steps. contradicted
-    (answer-first): the share of answers whose last step ends at another label than the answer's.
+    probs; ndcg@10 needs query_id. step_accuracy and right_throughout, the share of right answers
+    whose steps are all right, need step_labels and steps. contradicted (answer-first): the share of
+    answers whose last step ends at another label than the answer's.
     """
     Y = len(task.labels)
     index = {label: i for i, label in enumerate(task.labels)} | {None: Y}
@@ -722,6 +744,8 @@ def metrics(task, records, predictions):
                 right.append([a == b for a, b in zip(labels, gold, strict=True)])
             accuracies = np.mean(right, 0).tolist()
             out["step_accuracy"] = dict(zip(task.boxes, accuracies, strict=True))
+            throughout = np.all(right, 1).sum() / max(right_Y.sum(), 1)
+            out["right_throughout"] = float(throughout)
         if task.format == "answer-first" and task.steps:
             contradicted = [
                 p["steps"] and p["steps"][-1]["label"] != p["label"] for p in predictions

@@ -54,9 +54,7 @@ def group_advantages(rewards_PG, normalize_std=True, clamp=None):
 def stepwise_credit(advantages_N, step_ends_NK, step_right_NK, lengths_N, rule="symmetric"):
     """Credit of every token [A], float32: its answer's advantage where its step earned it, else 0.
 
-    step_ends_NK: int64, the position behind each step's last token, so that step k is the tokens
-    [ends[k - 1], ends[k]) of its answer; a row of zeros marks a malformed answer. Tokens behind the
-    last step (the end-of-sequence token) share its credit.
+    step_ends_NK: see `spread`; a row of zeros marks a malformed answer.
     step_right_NK: bool, whether the step's verdict is its target.
     lengths_N: int64, tokens of each answer; A is their sum.
 
@@ -71,23 +69,56 @@ def stepwise_credit(advantages_N, step_ends_NK, step_right_NK, lengths_N, rule="
     """
     if rule not in RULES:
         raise ValueError(f"rule must be one of {', '.join(RULES)}, got {rule!r}")
-    # Where each packed token stands: which answer, which position in it, which step.
+    advantages_N1 = advantages_N.float()[:, None]
+    if rule == "symmetric":
+        keep_NK = torch.where(advantages_N1 > 0, step_right_NK, ~step_right_NK)
+    elif rule == "positive":
+        keep_NK = step_right_NK | (advantages_N1 < 0)
+    else:
+        keep_NK = torch.ones_like(step_right_NK)
+    malformed_N1 = step_ends_NK[:, -1:] == 0
+    return spread(advantages_N1 * (keep_NK | malformed_N1), step_ends_NK, lengths_N)
+
+
+def tree_credit(advantages_PG, step_ends_NK, verdicts_NK, lengths_N):
+    """Credit of every token [A], float32, without step labels: what its step did for the answer.
+
+    The verdicts of a group's answers form a tree. With V_k the mean advantage of the answers that
+    share an answer's first k verdicts, and V_0 the whole group's, step k gets V_k - V_(k-1): more
+    than nothing where it led to better answers than the steps before it promised. An answer's
+    steps share out its advantage; a step on which all answers agree gets 0.
+
+    Values from the group's own prefix tree are TEMPO's idea (arXiv 2509.18314); verdicts in the
+    place of tokens are ours.
+    verdicts_NK: int64, each step's verdict as a number from 0. For the rest see `stepwise_credit`.
+    Malformed answers, which have no verdicts, share a branch and keep their advantage whole.
+    """
+    advantages_PG = advantages_PG.float()
+    P, G = advantages_PG.shape
+    malformed_N1 = step_ends_NK[:, -1:] == 0
+    verdicts_PGK = verdicts_NK.masked_fill(malformed_N1, -1).view(P, G, -1)
+    same_PGGK = verdicts_PGK[:, :, None] == verdicts_PGK[:, None]
+    # For each two answers, whether they are in one branch: at the root, behind step 1, ..., K.
+    shared = torch.cat([torch.ones_like(same_PGGK[..., :1]), same_PGGK], -1).cumprod(-1)
+    values = (shared * advantages_PG[:, None, :, None]).sum(2) / shared.sum(2)
+    credit_NK = values.diff().view(P * G, -1)
+    credit_NK = torch.where(malformed_N1, advantages_PG.view(P * G, 1), credit_NK)
+    return spread(credit_NK, step_ends_NK, lengths_N)
+
+
+def spread(credit_NK, step_ends_NK, lengths_N):
+    """Credit of every token [A]: that of its step.
+
+    step_ends_NK: int64, the position behind each step's last token, so that step k is the tokens
+    [ends[k - 1], ends[k]) of its answer. Tokens behind the last step (the end-of-sequence token)
+    belong to it; all zeros (a malformed answer) give every token the last step's credit.
+    """
     answer_A = torch.arange(len(lengths_N), device=lengths_N.device).repeat_interleave(lengths_N)
     first_N = lengths_N.cumsum(0) - lengths_N
     position_A = torch.arange(len(answer_A), device=lengths_N.device) - first_N[answer_A]
     ends_before_A = (position_A[:, None] >= step_ends_NK[answer_A]).sum(1)
     step_A = ends_before_A.clamp(max=step_ends_NK.shape[1] - 1)
-    # What it earned.
-    advantages_A = advantages_N.float()[answer_A]
-    right_A = step_right_NK[answer_A, step_A]
-    if rule == "symmetric":
-        keep_A = torch.where(advantages_A > 0, right_A, ~right_A)
-    elif rule == "positive":
-        keep_A = right_A | (advantages_A < 0)
-    else:
-        keep_A = torch.ones_like(right_A)
-    malformed_A = step_ends_NK[answer_A, -1] == 0
-    return advantages_A * (keep_A | malformed_A)
+    return credit_NK[answer_A, step_A]
 
 
 def policy_loss(
@@ -171,6 +202,28 @@ def rollout_stats(rewards_PG, advantages_N, credit_A, lengths_N, ended_N):
         "masked": float(masked_A.sum() / signal_A.sum().clamp(min=1)),
         "length": float(lengths_N.float().mean()),
     }
+
+
+def step_stats(won_N, right_NK, credit_NK):
+    """How steps and outcomes go together, as floats: whether credit by step has something to mend.
+
+    won_N, bool: the answer got its reward. right_NK, bool. credit_NK: of each step.
+    steps_right: the share of right steps; wrong_in_right: of wrong ones among the steps of answers
+    that won; right_in_wrong: of right ones in those that did not; right_throughout: of answers
+    without a wrong step among those that won; credit_right: of the credit, by amount, that is
+    above 0 on right steps and below 0 on wrong ones. None where there is nothing to share.
+    """
+    in_right_NK = right_NK[won_N]
+    in_wrong_NK = right_NK[~won_N]
+    fitting_NK = credit_NK.abs() * ((credit_NK > 0) == right_NK)
+    shares = {
+        "steps_right": (right_NK.sum(), right_NK.numel()),
+        "wrong_in_right": ((~in_right_NK).sum(), in_right_NK.numel()),
+        "right_in_wrong": (in_wrong_NK.sum(), in_wrong_NK.numel()),
+        "right_throughout": (in_right_NK.all(1).sum(), len(in_right_NK)),
+        "credit_right": (fitting_NK.sum(), credit_NK.abs().sum()),
+    }
+    return {name: float(part) / float(of) if of else None for name, (part, of) in shares.items()}
 
 
 # python sam.py ------------------------------------------------------------------------------------

@@ -77,11 +77,11 @@ class Config:
     prompts_per_step: int = setting(32, "prompts a step", min=1)
     group_size: int = setting(16, "answers sampled for each prompt", min=2)
     temperature: float = setting(1.0, "sampling temperature; the trainer's is the same", above=0)
-    rule: Literal["symmetric", "positive", "none"] = setting(
-        "symmetric", "stepwise masking rule; none is plain GRPO"
+    rule: Literal["symmetric", "positive", "none", "tree"] = setting(
+        "symmetric", "of credit: masked by step (two rules); none: plain GRPO; tree: no step_labels"
     )
-    step_targets: Literal["labels", "final"] = setting(
-        "labels", "a step's target: its step_labels, or the final label"
+    step_targets: Literal["labels", "change", "final"] = setting(
+        "labels", "a step is right at its step_label, if it changes the grade alike, at the label"
     )
     lr: float = setting(1e-6, "peak learning rate of RL; same schedule", above=0)
     updates_per_batch: int = setting(1, "optimizer steps on each batch of answers", min=1)
@@ -182,12 +182,12 @@ def load_demonstrations(path, config, task, renderer):
 
 
 def step_targets(record, config, task):
-    """The label that each step of an answer should give; [] for plain GRPO without step labels."""
+    """The label that each step of an answer should give; [] where the rule needs none."""
     if config.step_targets == "final" or len(task.boxes) == 1:
         return [record["label"]] * len(task.boxes)
-    if "step_labels" not in record and config.rule != "none":
+    if "step_labels" not in record and config.rule not in ("none", "tree"):
         raise grm.TaskError(
-            f"{record.where}: no step_labels; use --step_targets final or --rule none"
+            f"{record.where}: no step_labels; use --rule tree, --rule none or --step_targets final"
         )
     return record.get("step_labels", [])
 
@@ -335,10 +335,15 @@ def rl(policy, sampling_model, optimizer, renderer, data, config, ranks, progres
         clamp = config.advantage_clamp or None
         advantages_PG = sam.group_advantages(rewards_PG, config.normalize_std, clamp)
         advantages_N = advantages_PG.flatten()
-        step_ends_NK, step_right_NK = judge_steps(mine, traces, renderer.task.boxes, ranks.device)
-        credit_A = sam.stepwise_credit(
-            advantages_N, step_ends_NK, step_right_NK, sampled.lengths_N, config.rule
+        step_ends_NK, verdicts_NK, right_NK = judge_steps(
+            mine, traces, renderer.task, config.step_targets, ranks.device
         )
+        if config.rule == "tree":
+            credit_A = sam.tree_credit(advantages_PG, step_ends_NK, verdicts_NK, sampled.lengths_N)
+        else:
+            credit_A = sam.stepwise_credit(
+                advantages_N, step_ends_NK, right_NK, sampled.lengths_N, config.rule
+            )
 
         # 3. Update. All ranks run equally many micro-batches; one without work runs empty ones.
         micro_batches = rollout.micro_batches(prompts, answers, config.max_tokens)
@@ -387,6 +392,9 @@ def rl(policy, sampling_model, optimizer, renderer, data, config, ranks, progres
         figures = {"stage": "rl", "step": step + 1, "loss": loss, "grad_norm": grad_norm, "lr": lr}
         figures |= {"skipped": progress.skipped} | token_means(ranks.sum(totals))
         figures |= rollout_figures(sampled, traces, rewards_PG, advantages_N, credit_A, ranks)
+        figures |= step_figures(
+            mine, traces, rewards_PG, credit_A, sampled.lengths_N, step_ends_NK, ranks
+        )
         if config.sft_coef:
             figures["sft_loss"] = sft_loss
         progress.log("metrics", figures)
@@ -428,19 +436,26 @@ def reward_groups(batch, traces, device):
     return torch.tensor(rewards, device=device)
 
 
-def judge_steps(batch, traces, boxes, device):
-    """Where each answer's steps end, int64 [N, K], and which are right, bool [N, K].
+def judge_steps(batch, traces, task, step_targets, device):
+    """Where each answer's steps end and what they say, int64 [N, K]; which are right, bool [N, K].
 
-    A malformed answer, which has no steps, gets zeros.
+    What they say: a label's place among the task's. A malformed answer, which has no steps, gets
+    zeros.
     """
+    nothing = [0] * len(task.boxes)
     ends = []
+    verdicts = []
     right = []
     for record, group in zip(batch, traces, strict=True):
         for trace in group:
-            ends.append([step.end for step in trace.steps] or [0] * len(boxes))
-            verdicts = grm.step_verdicts(trace, record["targets"])
-            right.append(verdicts or [False] * len(boxes))
-    return torch.tensor(ends, device=device), torch.tensor(right, device=device)
+            ends.append([step.end for step in trace.steps] or nothing)
+            verdicts.append([task.labels.index(step.label) for step in trace.steps] or nothing)
+            if step_targets == "change":
+                judged = grm.step_changes(trace, record["targets"], task)
+            else:
+                judged = grm.step_verdicts(trace, record["targets"])
+            right.append(judged or [False] * len(task.boxes))
+    return [torch.tensor(x, device=device) for x in (ends, verdicts, right)]
 
 
 def make_reference(policy, config, ranks):
@@ -463,6 +478,26 @@ def rollout_figures(sampled, traces, rewards_PG, advantages_N, credit_A, ranks):
     mine = (rewards_PG, advantages_N, credit_A, sampled.lengths_N, sampled.ended_N)
     stats = sam.rollout_stats(*(ranks.gather(x) for x in mine))
     return stats | {"malformed": ranks.sum(sum(malformed)) / ranks.sum(len(malformed))}
+
+
+def step_figures(batch, traces, rewards_PG, credit_A, lengths_N, step_ends_NK, ranks):
+    """What to log of the steps of well-formed answers, of all ranks; {} without step_labels.
+
+    Whatever --step_targets says, a right step is one at its step_label.
+    """
+    right = []
+    for record, group in zip(batch, traces, strict=True):
+        gold = record.get("step_labels", [])
+        right += [grm.step_verdicts(trace, gold) for trace in group]
+    known_N = torch.tensor([bool(steps) for steps in right], device=ranks.device)
+    right_NK = torch.tensor([steps for steps in right if steps], device=ranks.device)
+    first_N = lengths_N.cumsum(0) - lengths_N
+    credit_NK = credit_A[first_N[:, None] + step_ends_NK - 1]
+    won_N = ranks.gather(rewards_PG.flatten()[known_N] > 0)
+    if not len(won_N):
+        return {}
+    right_NK = right_NK.view(-1, step_ends_NK.shape[1]).bool()
+    return sam.step_stats(won_N, ranks.gather(right_NK), ranks.gather(credit_NK[known_N]))
 
 
 def log_samples(progress, batch, sampled, traces, credit_A, renderer):

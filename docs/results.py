@@ -40,8 +40,7 @@ def run(out, threads, *flags):
     """One training run into `out`, unless it is done; its output goes to out.log."""
     if (out / "summary.json").exists():
         return
-    command = [sys.executable, ROOT / "train.py", "--task", ROOT / "data/notes", "--out", out]
-    command = list(map(str, [*command, *flags]))
+    command = list(map(str, [sys.executable, ROOT / "train.py", "--out", out, *flags]))
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     with open(f"{out}.log", "w") as log:
         code = subprocess.run(command, stdout=log, stderr=log, env=environment).returncode
