@@ -3,9 +3,10 @@
 An answer that reasons in steps gets one reward, for its last word. Plain GRPO spreads it over all
 of its tokens: right steps of a wrong answer are punished, wrong steps of a lucky one rewarded. SAM
 compares each step's own verdict with what it should have been, and withholds the credit that the
-step did not earn:
+step did not earn. Where nobody has said what a step should be, the group itself tells which steps
+led to better answers:
 
-    rewards_PG -- group_advantages -> advantages_PG -- stepwise_credit -> credit_A
+    rewards_PG -- group_advantages -> advantages_PG -- stepwise_credit or tree_credit -> credit_A
     logprobs_A, credit_A -- policy_loss -> loss
 
 Published (arXiv 2512.00968): group-relative advantages masked step by step by light process
@@ -241,7 +242,7 @@ def paint(pieces, credits, color):
 
 
 def demo():
-    """Print one group of four answers under the three rules."""
+    """Print one group of four answers under each rule."""
     steps = ["topic", "constraints", "promotion"]
     targets = ["3", "1", "1"]  # the last is the gold label
     group = [["3", "1", "1"], ["3", "3", "1"], ["3", "3", "3"], ["1", "1", "0"]]
@@ -249,13 +250,19 @@ def demo():
     print("targets: topic 3, constraints 1, promotion 1, which is the gold label\n")
 
     rewards_PG = torch.tensor([[float(answer[-1] == targets[-1]) for answer in group]])
-    advantages_N = group_advantages(rewards_PG).flatten()
+    advantages_PG = group_advantages(rewards_PG)
+    advantages_N = advantages_PG.flatten()
+    lengths_N = torch.full((4,), 3)
     step_ends_NK = torch.tensor([[1, 2, 3]] * 4)  # one token a step
-    step_right_NK = torch.tensor([[a == t for a, t in zip(x, targets, strict=True)] for x in group])
-    for rule in RULES:
-        print(f"rule {rule}" + (" (plain GRPO)" if rule == "none" else ""))
-        lengths_N = torch.full((4,), 3)
-        credit_A = stepwise_credit(advantages_N, step_ends_NK, step_right_NK, lengths_N, rule)
+    verdicts_NK = torch.tensor([[int(box) for box in answer] for answer in group])
+    right_NK = verdicts_NK == torch.tensor([int(target) for target in targets])
+    notes = {"none": " (plain GRPO)", "tree": " (without the targets)"}
+    for rule in (*RULES, "tree"):
+        print(f"rule {rule}{notes.get(rule, '')}")
+        if rule == "tree":
+            credit_A = tree_credit(advantages_PG, step_ends_NK, verdicts_NK, lengths_N)
+        else:
+            credit_A = stepwise_credit(advantages_N, step_ends_NK, right_NK, lengths_N, rule)
         for answer, advantage, credit in zip(group, advantages_N, credit_A.view(4, 3), strict=True):
             pieces = [f"{name} \\boxed{{{box}}}" for name, box in zip(steps, answer, strict=True)]
             line = paint(pieces, credit.tolist(), sys.stdout.isatty())

@@ -1,7 +1,7 @@
 """When does credit by step pay? Rules of credit x number of steps x size of the groups x seeds.
 
-    python docs/credit.py --out runs/credit                 # all of it: about seven hours on 2 cores
-    python docs/credit.py --out runs/credit --groups 8 --seeds 0 1 2      # a piece; others add to it
+    python docs/credit.py --out runs/credit            # all of it: about seven hours on 2 cores
+    python docs/credit.py --out runs/credit --groups 8 --seeds 0 1 2     # a piece; others add to it
 
 For each number of steps a task is made (`data/notes/make.py --steps`), for each seed one model
 fine-tuned on it, and from that model one RL run for each rule and size of the groups, all with the

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sam
-from sam import RULES, group_advantages, policy_loss, rollout_stats, stepwise_credit
+from sam import RULES, group_advantages, policy_loss, rollout_stats, spread, step_stats, stepwise_credit, tree_credit
 
 QUICK = settings(max_examples=100, deadline=None, derandomize=True)
 
@@ -161,6 +161,106 @@ def test_unknown_rules_are_refused():
         stepwise_credit(torch.ones(1), torch.ones(1, 1).long(), torch.ones(1, 1).bool(), torch.ones(1).long(), "sym")
 
 
+def naive_tree(advantages, ends, verdicts, lengths, G):
+    """The docstring of tree_credit, one token after the other, in float64."""
+    credit = []
+    for n, length in enumerate(lengths):
+        group = range(n // G * G, n // G * G + G)
+        for t in range(length):
+            if ends[n][-1] == 0:  # malformed
+                credit.append(advantages[n])
+                continue
+            step = min(sum(t >= end for end in ends[n]), len(ends[n]) - 1)
+            values = []
+            for k in (step, step + 1):
+                branch = [m for m in group if k == 0 or (ends[m][-1] and verdicts[m][:k] == verdicts[n][:k])]
+                values.append(sum(advantages[m] for m in branch) / len(branch))
+            credit.append(values[1] - values[0])
+    return credit
+
+
+@st.composite
+def groups(draw):
+    """advantages [P, G], ends, verdicts and lengths of groups with well-formed and malformed answers."""
+    K, P, G = draw(st.integers(1, 4)), draw(st.integers(1, 3)), draw(st.integers(2, 5))
+    ends, lengths = [], []
+    for _ in range(P * G):
+        steps = sorted(draw(st.sets(st.integers(1, 9), min_size=K, max_size=K)))
+        malformed = draw(st.integers(0, 3)) == 0
+        ends.append([0] * K if malformed else steps)
+        lengths.append(draw(st.integers(0 if malformed else steps[-1], 9)))
+    rewards = [draw(st.lists(st.sampled_from([0.0, 1.0]), min_size=G, max_size=G)) for _ in range(P)]
+    verdicts = [draw(st.lists(st.integers(0, 2), min_size=K, max_size=K)) for _ in range(P * G)]
+    clamp = draw(st.sampled_from([None, 1.0]))
+    return group_advantages(torch.tensor(rewards), draw(st.booleans()), clamp), ends, verdicts, lengths
+
+
+@given(groups())
+@QUICK
+def test_tree_credit_equals_the_naive_version(batch):
+    """Branches shared between groups, with malformed answers, or by a later verdict after the first ones differed."""
+    advantages_PG, ends, verdicts, lengths = batch
+    credit_A = tree_credit(advantages_PG, *map(torch.tensor, (ends, verdicts, lengths)))
+    expected = naive_tree(advantages_PG.flatten().tolist(), ends, verdicts, lengths, advantages_PG.shape[1])
+    assert credit_A.shape == (sum(lengths),) and credit_A.dtype == torch.float32
+    assert credit_A.tolist() == pytest.approx(expected, abs=1e-6)
+
+
+def test_tree_credit_by_hand():
+    """The naive version being wrong in the same way. Two groups of four, three steps of one token and EOS, advantages without
+    deviation; the last answer of the second group is malformed."""
+    rewards_PG = torch.tensor([[1, 1, 0, 0], [1, 0, 0, 0]])
+    verdicts_NK = torch.tensor([[3, 1, 1], [3, 3, 1], [3, 3, 3], [1, 1, 0], [2, 2, 2], [2, 2, 1], [2, 0, 1], [0, 0, 0]])
+    ends_NK = torch.tensor([[1, 2, 3]] * 7 + [[0, 0, 0]])
+    credit_A = tree_credit(group_advantages(rewards_PG, normalize_std=False), ends_NK, verdicts_NK, torch.full((8,), 4))
+    # Values of the first group (chance of a reward): root 1/2; 3: 2/3, 1: 0; 3 1: 1, 3 3: 1/2; 3 3 1: 1, 3 3 3: 0.
+    # Of the second: root 1/4; 2: 1/3; 2 2: 1/2, 2 0: 0; 2 2 2: 1, 2 2 1: 0.
+    expected = [[1 / 6, 1 / 3, 0], [1 / 6, -1 / 6, 1 / 2], [1 / 6, -1 / 6, -1 / 2], [-1 / 2, 0, 0]]
+    expected += [[1 / 12, 1 / 6, 1 / 2], [1 / 12, 1 / 6, -1 / 2], [1 / 12, -1 / 3, 0], [-1 / 4, -1 / 4, -1 / 4]]
+    expected_N4 = torch.tensor([[*steps, steps[-1]] for steps in expected])  # EOS shares the last step's
+    torch.testing.assert_close(credit_A.view(8, 4), expected_N4)
+    assert credit_A[2] == 0 and credit_A[13] == 0, "a step behind which nothing was open any more"
+
+
+@given(groups())
+@QUICK
+def test_tree_credit_shares_out_the_advantage(batch):
+    """Credit made or lost on the way: where the verdicts decide the reward, an answer's steps add up to its advantage; in a
+    group without a signal to nothing, exactly."""
+    advantages_PG, ends, verdicts, _ = batch
+    K = len(ends[0])
+    well_N = torch.tensor(ends)[:, -1] > 0
+    verdicts_NK = torch.tensor(verdicts)
+    advantages_PG = group_advantages(((verdicts_NK[:, -1] == 1) & well_N).view(advantages_PG.shape))
+    ends_NK = torch.arange(1, K + 1) * well_N[:, None]  # one token a step
+    credit_NK = tree_credit(advantages_PG, ends_NK, verdicts_NK, torch.full((len(ends),), K)).view(-1, K)
+    torch.testing.assert_close(credit_NK.sum(1)[well_N], advantages_PG.flatten()[well_N], rtol=0, atol=1e-6)
+    silent_N = (advantages_PG == 0).all(1).repeat_interleave(advantages_PG.shape[1])
+    assert not credit_NK[silent_N].any()
+
+
+def test_one_step_of_tree_credit_is_plain_grpo():
+    """Rules that differ where there is nothing to tell apart: with one step, whose verdict is the answer, all are the same."""
+    rewards_PG = torch.tensor([[1.0, 0.0, 0.0, 1.0, 0.0], [0.0, 0.0, 0.0, 1.0, 0.0]])
+    advantages_PG = group_advantages(rewards_PG)
+    ends_NK = torch.tensor([[2]] * 9 + [[0]])
+    verdicts_NK = torch.tensor([[1], [0], [2], [1], [0], [0], [2], [0], [3], [0]])
+    right_NK = rewards_PG.view(10, 1) > 0
+    lengths_N = torch.full((10,), 3)
+    plain_A = stepwise_credit(advantages_PG.flatten(), ends_NK, right_NK, lengths_N, "none")
+    assert plain_A.any()
+    for rule in RULES:
+        assert torch.equal(stepwise_credit(advantages_PG.flatten(), ends_NK, right_NK, lengths_N, rule), plain_A)
+    torch.testing.assert_close(tree_credit(advantages_PG, ends_NK, verdicts_NK, lengths_N), plain_A)
+
+
+def test_spread():
+    """A step's credit beyond its box, or the end-of-sequence token with none."""
+    credit_NK = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
+    got_A = spread(credit_NK, torch.tensor([[2, 3], [1, 2], [0, 0]]), torch.tensor([4, 2, 2]))
+    assert got_A.tolist() == [1, 1, 2, 2, 3, 4, 6, 6]
+
+
 # The loss -------------------------------------------------------------------------------------------------------------
 
 
@@ -269,6 +369,10 @@ def test_inputs_are_not_mutated():
         credit_A = stepwise_credit(*rows, rule)
         rollout_stats(rewards_PG, rows[0], credit_A, rows[3], torch.ones(6).bool())
         credit_A.zero_()  # the result must not be a view of an input either
+    advantages_PG, verdicts_NK = torch.randn(2, 3), torch.ones(6, 2).long()
+    tensors += [advantages_PG, verdicts_NK]
+    before += [advantages_PG.clone(), verdicts_NK.clone()]
+    tree_credit(advantages_PG, rows[1], verdicts_NK, rows[3]).zero_()
     group_advantages(rewards_PG, clamp=1.0).zero_()
     group_advantages(rewards_PG.float(), normalize_std=False).zero_()
     assert all(torch.equal(x, copy) for x, copy in zip(tensors, before, strict=True))
@@ -328,6 +432,25 @@ def test_rollout_stats_without_signal():
     assert stats["masked"] == 0.0 and stats["frac_zero_std"] == 1.0
 
 
+def test_step_stats():
+    """Steps counted in the wrong place, shares of the wrong whole, credit weighed by its sign alone."""
+    won_N = torch.tensor([True, True, False])
+    right_NK = torch.tensor([[True, True], [False, True], [True, False]])
+    credit_NK = torch.tensor([[2.0, 0.0], [1.0, 0.5], [-0.5, -4.0]])
+    assert step_stats(won_N, right_NK, credit_NK) == pytest.approx({
+        "steps_right": 4 / 6, "wrong_in_right": 1 / 4, "right_in_wrong": 1 / 2, "right_throughout": 1 / 2,
+        "credit_right": 6.5 / 8,  # 2, 0.5 and 4 of 8
+    })  # fmt: skip
+
+
+def test_step_stats_of_nothing():
+    """0 / 0 where no answer won, none lost, or none has credit."""
+    stats = step_stats(torch.tensor([True]), torch.tensor([[True]]), torch.zeros(1, 1))
+    assert stats == {"steps_right": 1, "wrong_in_right": 0, "right_in_wrong": None, "right_throughout": 1, "credit_right": None}
+    stats = step_stats(torch.tensor([False]), torch.tensor([[True]]), torch.tensor([[-1.0]]))
+    assert stats["wrong_in_right"] is None and stats["right_throughout"] is None and stats["credit_right"] == 0
+
+
 # python sam.py --------------------------------------------------------------------------------------------------------
 
 
@@ -345,13 +468,14 @@ def test_copied_alone_it_prints_without_colour_codes(tmp_path):
     done = subprocess.run([sys.executable, "sam.py"], cwd=tmp_path, capture_output=True, text=True, env=clean)
     assert done.returncode == 0, done.stderr
     assert "\033" not in done.stdout and done.stderr == ""
-    for rule in RULES:
+    for rule in (*RULES, "tree"):
         assert f"rule {rule}" in done.stdout
-    assert done.stdout.count("A = ") == 12
-    # The winner by luck, [3, 3, 1]: its wrong second step earns nothing under SAM and everything under plain GRPO.
+    assert done.stdout.count("A = ") == 16
+    # The winner by luck, [3, 3, 1]: its wrong second step earns nothing under SAM, everything under plain GRPO, and is punished
+    # by the tree: of the answers that share it, fewer won.
     lucky = [line for line in done.stdout.splitlines() if r"topic \boxed{3}" in line and r"constraints \boxed{3}" in line]
     signs = [line.split("constraints")[0].rsplit("[", 1)[1].strip() for line in lucky if r"promotion \boxed{1}" in line]
-    assert signs == ["0", "0", "+"]
+    assert signs == ["0", "0", "+", "-"]
     nodes = list(ast.walk(ast.parse(source.read_text())))
     imported = {a.name.split(".")[0] for n in nodes if isinstance(n, ast.Import) for a in n.names}
     imported |= {n.module.split(".")[0] for n in nodes if isinstance(n, ast.ImportFrom)}
