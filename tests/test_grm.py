@@ -303,6 +303,104 @@ def test_notes_is_made_byte_for_byte(tmp_path):
         assert path.read_bytes() == (NOTES / path.relative_to(tmp_path / "new")).read_bytes(), path
 
 
+# What each rule of the embedded task does to the grade, read from the note's words; in the order of the steps.
+TOPICS = ["skiing skating hiking surfing", "ramen sushi coffee baking", "skincare makeup perfume nails", "sofas curtains plants lamps"]
+TOPICS = [set(names.split()) for names in [*TOPICS, "hotels hostels flights trains", "knitting sewing pottery painting"]]
+CONSTRAINTS = ["paris tokyo rome berlin lima oslo", "spring summer autumn winter", "kids couples students parents seniors"]
+
+
+def naive_grades(query, document):
+    """The grades after the eight steps, of the texts alone, as criteria.md words the rules."""
+    query, note = query.split(), document.split()
+    (asked,) = [word for word in query if any(word in names for names in TOPICS)]
+    (told,) = [word for word in note if any(word in names for names in TOPICS)]
+    (category,) = [names for names in TOPICS if asked in names]
+    grade = 3 if asked == told else 1 if told in category else -1
+    grades = [grade]
+    for step in range(1, 8):
+        if grade >= 0 and step == 1:
+            for values in CONSTRAINTS:
+                for wanted in set(values.split()) & set(query):
+                    there = set(values.split()) & set(note)
+                    grade = max(0, grade - (not there))
+            for values in CONSTRAINTS:
+                for wanted in set(values.split()) & set(query):
+                    there = set(values.split()) & set(note)
+                    grade = 0 if there and wanted not in there else grade
+        if step == 2 and {"sponsored", "gifted", "affiliate"} & set(note):
+            grade = min(grade, 1)
+        if grade >= 0 and step == 3 and {"dutch", "finnish"} & set(note):
+            grade = max(0, grade - 1)
+        if grade >= 0 and step == 4 and {"cheap", "bargain"} & set(note):
+            grade = min(3, grade + 1)
+        if grade >= 0 and step == 5 and {"outdated", "old"} & set(note):
+            grade = max(0, grade - 1)
+        if grade >= 0 and step == 6 and {"detailed", "thorough"} & set(note):
+            grade = min(3, grade + 1)
+        if grade >= 0 and step == 7 and {"unsafe", "scam"} & set(note):
+            grade = 0
+        grades.append(grade)
+    return [str(grade) for grade in grades]
+
+
+def small_maker(monkeypatch):
+    """The names of make.py, which makes a tenth of the records."""
+    maker = runpy.run_path(str(NOTES / "make.py"))
+    sizes = {name: size // 10 for name, size in maker["SIZES"].items()}
+    monkeypatch.setitem(maker["make"].__globals__, "SIZES", sizes)
+    return maker
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4, 8])
+def test_notes_of_more_steps(tmp_path, monkeypatch, steps):
+    """A rule that the criteria do not name or the labels do not follow, a trait outside the vocabulary, a demonstration that does
+    not parse or does not fit."""
+    monkeypatch.setattr("sys.argv", ["make.py", f"--steps={steps}", f"--out={tmp_path}"])
+    small_maker(monkeypatch)["main"]()
+    task = Task.load(tmp_path)
+    _, tokenizer = grm.load_model(tmp_path / "model", "meta")
+    longest = json.loads((tmp_path / "train.json").read_text())["max_new_tokens"]
+    renderer = Renderer(task, tokenizer, 512, longest)
+    assert len(task.steps) == steps and all(f"\n{step.capitalize()}: " in task.criteria for step in task.steps)
+    assert tokenizer.unk_token_id not in tokenizer(task.criteria, add_special_tokens=False).input_ids
+    for name in ("train", "test_random", "test_longtail"):
+        for record in task.read(tmp_path / f"{name}.jsonl"):
+            assert record["step_labels"] == naive_grades(record["query"], record["document"])[:steps]
+            assert record["label"] == record["step_labels"][-1]
+            assert tokenizer.unk_token_id not in renderer.prompt(record["query"], record["document"])
+    wrong = 0
+    for record in task.read(tmp_path / "sft.jsonl", ("response",)):
+        ids = renderer.response(record["response"])
+        trace = renderer.parse(ids)
+        assert trace.problem is None and len(trace.steps) == steps and len(ids) <= longest
+        assert tokenizer.unk_token_id not in ids
+        wrong += trace.label != naive_grades(record["query"], record["document"])[steps - 1]
+    assert (0.02 if steps == 1 else 0.2) * 750 < wrong < 0.7 * 750, "the annotator must leave something to learn"
+
+
+@pytest.mark.parametrize(("error", "lowest", "highest"), [(0.0, 0.01, 0.1), (0.5, 0.15, 0.45), (1.0, 0.4, 0.8)])
+def test_the_annotator_errs_as_often_as_told(tmp_path, monkeypatch, error, lowest, highest):
+    """A rate that reaches some rules only."""
+    small_maker(monkeypatch)["make"](tmp_path, num_steps=5, error=error)
+    task = Task.load(tmp_path)
+    renderer = Renderer(task, grm.load_model(tmp_path / "model", "meta")[1])
+    wrong = []
+    for record in task.read(tmp_path / "sft.jsonl", ("response",)):
+        trace = renderer.parse(renderer.response(record["response"]))
+        wrong.append(trace.label != naive_grades(record["query"], record["document"])[4])
+    assert lowest < np.mean(wrong) < highest
+
+
+@pytest.mark.parametrize("flags", [["--steps=9"], ["--steps=0"], ["--error=1.5"], ["--steps=5"], ["--error=0.5"]])
+def test_make_refuses(monkeypatch, capsys, flags):
+    """Another task written over the embedded one, or numbers that make none."""
+    before = (NOTES / "criteria.md").read_bytes()
+    monkeypatch.setattr("sys.argv", ["make.py", *flags])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(NOTES / "make.py"), run_name="__main__")
+    assert flags[0][2:7] in capsys.readouterr().err and (NOTES / "criteria.md").read_bytes() == before
+
+
 def test_notes_sizes_and_no_leak():
     """A test pair that is trained on, sets too small to tell methods apart, or weights added to the folder."""
     _, files, _ = notes_files()
@@ -545,6 +643,30 @@ def test_parse_spans_and_labels(name, labels):
     assert grm.step_verdicts(trace, ("3", "2", "-1")) == [a == b for a, b in zip(labels, ("3", "2", "-1"), strict=True)]
 
 
+def test_step_changes():
+    """A step judged by where it ends, not by what it does; the first one by its change from another answer's end."""
+    renderer = make_renderer("words")
+    task = renderer.task
+    for labels, targets, right in [
+        ("331", "311", [True, False, False]),  # the slip, and a cap that took away more than it should have
+        ("220", "311", [False, False, False]),
+        ("100", "311", [False, False, True]),  # nothing is left to take, and nothing was to be
+        ("322", "311", [True, False, True]),  # the slip alone
+    ]:
+        trace = check_trace(renderer, renderer.response(answer(*labels)), labels)
+        assert grm.step_changes(trace, list(targets), task) == right
+    assert grm.step_changes(renderer.parse([]), list("311"), task) == []
+    assert task.moves(["3", "1", "-1"]) == [4, -2, -2], "-1 is one place below 0"
+
+
+def test_step_changes_answer_first():
+    """The first step of an explanation judged by its change from the answer's own box."""
+    renderer = make_renderer("words", format="answer-first")
+    trace = renderer.parse(renderer.response("\\boxed{1} " + answer("3", "2", "2")))
+    assert grm.step_changes(trace, ["2", "3", "2", "1"], renderer.task) == [False, True, True, False]
+    assert grm.Task(**{**vars(renderer.task), "steps": []}).moves(["1"]) == [2]
+
+
 @EACH
 def test_parse_among_multi_byte_text(name):
     """Positions counted in characters where a character is several tokens or a token half a character."""
@@ -750,6 +872,9 @@ def test_metrics_of_malformed_answers():
     farthest = [4, 4, 4, 0, 0, 4]
     assert out["kappa"] == pytest.approx(cohen_kappa_score([0, 1, 2, 3, 4, 4], farthest, weights="quadratic"))
     assert out["step_accuracy"] == pytest.approx({"topic": 1 / 6, "constraints": 0.0, "promotion": 1 / 6})
+    assert out["right_throughout"] == 0.0, "the right answer has a wrong step"
+    records[5]["step_labels"][1] = "0"
+    assert metrics(make_task(), records, [{**p, "grade": 0.0} for p in got])["right_throughout"] == 1.0
     assert out["confusion"] == [[0] * 5 + [1]] * 4 + [[0, 0, 0, 0, 1, 1]]
     assert out["recall"] == {"-1": 0.0, "0": 0.0, "1": 0.0, "2": 0.0, "3": 0.5}
     assert 0 < out["ndcg@10"] < 1

@@ -438,6 +438,8 @@ def main():
         help="how often the annotator misses a rule (default: by rule, 0.7 to 0.85)",
     )
     args = parser.parse_args()
+    if args.error is not None and not 0 <= args.error <= 1:
+        parser.error("--error is a share, from 0 to 1")
     if args.out == here and (args.steps != 3 or args.error is not None):
         parser.error("--steps and --error make another task: name its folder with --out")
     make(args.out, args.format, args.steps, args.error)
