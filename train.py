@@ -481,7 +481,7 @@ def rollout_figures(sampled, traces, rewards_PG, advantages_N, credit_A, ranks):
 
 
 def step_figures(batch, traces, rewards_PG, credit_A, lengths_N, step_ends_NK, ranks):
-    """What to log of the steps of well-formed answers, of all ranks; {} without step_labels.
+    """What to log of the steps of well-formed answers to pairs with step_labels, of all ranks.
 
     Whatever --step_targets says, a right step is one at its step_label.
     """
@@ -490,14 +490,13 @@ def step_figures(batch, traces, rewards_PG, credit_A, lengths_N, step_ends_NK, r
         gold = record.get("step_labels", [])
         right += [grm.step_verdicts(trace, gold) for trace in group]
     known_N = torch.tensor([bool(steps) for steps in right], device=ranks.device)
-    right_NK = torch.tensor([steps for steps in right if steps], device=ranks.device)
+    right_NK = torch.tensor([steps for steps in right if steps], device=ranks.device).bool()
+    right_NK = right_NK.view(-1, step_ends_NK.shape[1])  # [0] where there are none
     first_N = lengths_N.cumsum(0) - lengths_N
     credit_NK = credit_A[first_N[:, None] + step_ends_NK - 1]
-    won_N = ranks.gather(rewards_PG.flatten()[known_N] > 0)
-    if not len(won_N):
-        return {}
-    right_NK = right_NK.view(-1, step_ends_NK.shape[1]).bool()
-    return sam.step_stats(won_N, ranks.gather(right_NK), ranks.gather(credit_NK[known_N]))
+    won_N = rewards_PG.flatten() > 0
+    mine = (won_N[known_N], right_NK, credit_NK[known_N])
+    return sam.step_stats(*(ranks.gather(x) for x in mine))
 
 
 def log_samples(progress, batch, sampled, traces, credit_A, renderer):

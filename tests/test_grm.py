@@ -304,8 +304,14 @@ def test_notes_is_made_byte_for_byte(tmp_path):
 
 
 # What each rule of the embedded task does to the grade, read from the note's words; in the order of the steps.
-TOPICS = ["skiing skating hiking surfing", "ramen sushi coffee baking", "skincare makeup perfume nails", "sofas curtains plants lamps"]
-TOPICS = [set(names.split()) for names in [*TOPICS, "hotels hostels flights trains", "knitting sewing pottery painting"]]
+TOPICS = [
+    {"skiing", "skating", "hiking", "surfing"},
+    {"ramen", "sushi", "coffee", "baking"},
+    {"skincare", "makeup", "perfume", "nails"},
+    {"sofas", "curtains", "plants", "lamps"},
+    {"hotels", "hostels", "flights", "trains"},
+    {"knitting", "sewing", "pottery", "painting"},
+]
 CONSTRAINTS = ["paris tokyo rome berlin lima oslo", "spring summer autumn winter", "kids couples students parents seniors"]
 
 
@@ -319,14 +325,10 @@ def naive_grades(query, document):
     grades = [grade]
     for step in range(1, 8):
         if grade >= 0 and step == 1:
-            for values in CONSTRAINTS:
-                for wanted in set(values.split()) & set(query):
-                    there = set(values.split()) & set(note)
-                    grade = max(0, grade - (not there))
-            for values in CONSTRAINTS:
-                for wanted in set(values.split()) & set(query):
-                    there = set(values.split()) & set(note)
-                    grade = 0 if there and wanted not in there else grade
+            asked = [set(values.split()) for values in CONSTRAINTS if set(values.split()) & set(query)]
+            silent = [values for values in asked if not values & set(note)]
+            contradicted = [values for values in asked if values & set(note) and not values & set(note) & set(query)]
+            grade = 0 if contradicted else max(0, grade - len(silent))
         if step == 2 and {"sponsored", "gifted", "affiliate"} & set(note):
             grade = min(grade, 1)
         if grade >= 0 and step == 3 and {"dutch", "finnish"} & set(note):
@@ -353,8 +355,8 @@ def small_maker(monkeypatch):
 
 @pytest.mark.parametrize("steps", [1, 2, 4, 8])
 def test_notes_of_more_steps(tmp_path, monkeypatch, steps):
-    """A rule that the criteria do not name or the labels do not follow, a trait outside the vocabulary, a demonstration that does
-    not parse or does not fit."""
+    """A rule that the criteria do not name or the labels do not follow, a trait outside the vocabulary, a demonstration that
+    does not parse or does not fit."""
     monkeypatch.setattr("sys.argv", ["make.py", f"--steps={steps}", f"--out={tmp_path}"])
     small_maker(monkeypatch)["main"]()
     task = Task.load(tmp_path)

@@ -157,13 +157,25 @@ def credits(config, record, group):
         advantages = advantages / (rewards.std() + 1e-6)
     if config.advantage_clamp:
         advantages = advantages.clamp(-config.advantage_clamp, config.advantage_clamp)
-    targets = record["step_labels"] if config.step_targets == "labels" else [record["label"]] * 3
-    for answer, trace, A in zip(group, traces, advantages.tolist(), strict=True):
+    targets = record["step_labels"] if config.step_targets != "final" else [record["label"]] * 3
+    places = [[GRADES.index(step.label) for step in trace.steps] for trace in traces]
+    for n, (answer, trace, A) in enumerate(zip(group, traces, advantages.tolist(), strict=True)):
         for i in range(len(answer)):
-            inside = [n for n, step in enumerate(trace.steps) if step.start <= i < step.end]
-            right = bool(inside) and trace.steps[inside[0]].label == targets[inside[0]]
-            masked = (A > 0 and not right) or (A < 0 and right and config.rule == "symmetric")
-            yield 0.0 if masked and config.rule != "none" else A
+            inside = [k for k, step in enumerate(trace.steps) if step.start <= i < step.end]
+            if config.rule == "none" or not inside:
+                yield A
+                continue
+            (k,) = inside
+            right = trace.steps[k].label == targets[k]
+            if config.step_targets == "change" and k > 0:
+                change = GRADES.index(targets[k]) - GRADES.index(targets[k - 1])
+                right = places[n][k] - places[n][k - 1] == change
+            if config.rule == "tree":
+                before, behind = ([m for m, other in enumerate(places) if other[:j] == places[n][:j]] for j in (k, k + 1))
+                yield (advantages[behind].mean() - advantages[before].mean()).item()
+            else:
+                masked = (A > 0 and not right) or (A < 0 and right and config.rule == "symmetric")
+                yield 0.0 if masked else A
 
 
 def plain_rl(config, task, rollouts):
@@ -253,6 +265,8 @@ def unchanged():
 CASES = [
     *(("rl", REINFORCED, change) for change in [{}, *({name: value} for name, value in REINFORCED_OTHERWISE.items())]),
     ("rl", REINFORCED, {"rule": "none", "max_tokens": 300}),
+    ("rl", REINFORCED, {"rule": "tree"}),
+    ("rl", REINFORCED, {"step_targets": "change"}),
     *(("sft", TUNED, change) for change in [{}, *({name: value} for name, value in TUNED_OTHERWISE.items())]),
     *(("distill", DISTILLED, change) for change in [{}, *({name: value} for name, value in DISTILLED_OTHERWISE.items())]),
 ]

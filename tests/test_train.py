@@ -8,8 +8,10 @@ import shutil
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import NOTES, ROOT
 from matplotlib.figure import Figure
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -76,7 +78,8 @@ def test_torchrun_writes_everything(task, tmp_path):
     assert [(r["stage"], r["step"]) for r in tests] == [("sft", 4), ("rl", 2), ("rl", 4)]
     figures = {f"{name}/{metric}" for name in ("test_random", "test_longtail") for metric in ("accuracy", "macro_f1")}
     assert all(set(r) == {"stage", "step"} | figures for r in tests)
-    watched = {"reward", "frac_zero_std", "truncated", "masked", "entropy", "mismatch", "clipped", "grad_norm", "approx_kl"}
+    watched = {"steps_right", "wrong_in_right", "right_in_wrong", "right_throughout", "credit_right"}
+    watched |= {"reward", "frac_zero_std", "truncated", "masked", "entropy", "mismatch", "clipped", "grad_norm", "approx_kl"}
     assert watched <= set(metrics[-1])
     assert not any(key.endswith("_s") for r in metrics for key in r), "what a clock decides belongs into timing.jsonl"
     assert {"sampling_s", "update_s", "evaluation_s"} <= {key for r in lines(out / "timing.jsonl") for key in r}
@@ -120,6 +123,26 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(task, tmp_path, monkeypatch, ca
     assert len(updates) == 2 * (4 + 2 * 4)  # none is done again
     for name in ("metrics.jsonl", "tests.jsonl", "samples.jsonl", "summary.json", "model/model.safetensors"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "calm" / name).read_bytes()
+
+
+def test_what_is_logged_of_steps():
+    """Credit read in another answer or beside the step's end, malformed answers or pairs without step_labels counted."""
+    trace = lambda labels, ends: grm.Trace([grm.Step(0, *step, None) for step in zip(ends, labels, strict=True)], labels[-1])
+    malformed = grm.Trace(problem="not ended")
+    ends_NK = torch.tensor([[2, 3], [0, 0], [1, 2], [1, 2], [0, 0], [1, 2]])
+    lengths_N = torch.tensor([4, 2, 2, 3, 1, 2])
+    traces = [trace("31", [2, 3]), malformed, trace("33", [1, 2])], [trace("31", [1, 2]), malformed, trace("00", [1, 2])]
+    batch = [{"label": "1", "step_labels": ["3", "1"]}, {"label": "1"}]
+    rewards_PG = torch.tensor([[1.0, 0.0, 0.0], [1.0, 0.0, 0.0]])
+    credit_A = torch.tensor([9, 1, 2, 9, 9, 9, 4, -8, *[9] * 6]).float()
+    ranks = SimpleNamespace(device="cpu", gather=lambda x: x)
+    figures = train.step_figures(batch, traces, rewards_PG, credit_A, lengths_N, ends_NK, ranks)
+    shares = {"steps_right": 3 / 4, "wrong_in_right": 0, "right_in_wrong": 1 / 2, "right_throughout": 1}
+    assert figures == shares | {"credit_right": 1.0}
+    nothing = dict.fromkeys(figures)
+    credit_A[6] *= -1  # the right first step of the wrong answer is punished
+    assert train.step_figures(batch, traces, rewards_PG, credit_A, lengths_N, ends_NK, ranks)["credit_right"] == 11 / 15
+    assert train.step_figures(batch[1:], traces[1:], rewards_PG[1:], credit_A[8:], lengths_N[3:], ends_NK[3:], ranks) == nothing
 
 
 def test_pictures_that_fail_lose_nothing(task, tmp_path, monkeypatch, capsys):
@@ -218,7 +241,7 @@ REFUSED = {
         r"sft\.jsonl:2: the response does not parse: missing boxes",
     ),
     "no step labels": (
-        break_file("train.jsonl", second_line(f'{{{PAIR}, "label": 1}}')), [], r"train\.jsonl:2: no step_labels; use --step",
+        break_file("train.jsonl", second_line(f'{{{PAIR}, "label": 1}}')), [], r"train\.jsonl:2: no step_labels; use --rule tr",
     ),
     "labels that cannot be written": (
         break_file("criteria.md", lambda old: old.replace('"3"]  #', '"3", "3 stars"]  #')), [], r"cannot write \(3 stars\)",
