@@ -491,7 +491,7 @@ def step_figures(batch, traces, rewards_PG, credit_A, lengths_N, step_ends_NK, r
         right += [grm.step_verdicts(trace, gold) for trace in group]
     known_N = torch.tensor([bool(steps) for steps in right], device=ranks.device)
     right_NK = torch.tensor([steps for steps in right if steps], device=ranks.device).bool()
-    right_NK = right_NK.view(-1, step_ends_NK.shape[1])  # [0] where there are none
+    right_NK = right_NK.view(-1, step_ends_NK.shape[1])
     first_N = lengths_N.cumsum(0) - lengths_N
     credit_NK = credit_A[first_N[:, None] + step_ends_NK - 1]
     won_N = rewards_PG.flatten() > 0

@@ -1,25 +1,29 @@
 """When does credit by step pay? Rules of credit x number of steps x size of the groups x seeds.
 
-    python docs/credit.py --out runs/credit            # all of it: about seven hours on 2 cores
+    python docs/credit.py --out runs/credit            # all of it: about eight hours on 2 cores
     python docs/credit.py --out runs/credit --groups 8 --seeds 0 1 2     # a piece; others add to it
+    python docs/credit.py --out runs/credit --seeds                 # only the tables and pictures
 
 For each number of steps a task is made (`data/notes/make.py --steps`), for each seed one model
 fine-tuned on it, and from that model one RL run for each rule and size of the groups, all with the
 same number of steps and of answers. Runs that are done are not done again, so a stopped sweep goes
-on. Writes OUT/credit.md and OUT/credit.png from all runs that are there.
+on. Of all runs that are there it writes OUT/credit.md, OUT/credit.png, the differences to plain
+GRPO, and OUT/course.png, how steps and outcomes go together in the course of training.
 
 A task of one step is left out: there every rule gives plain GRPO's credit, to the last bit.
 """
 
 import argparse
+import json
 import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from results import ROOT, run
+import numpy as np
 
+ROOT = Path(__file__).resolve().parent.parent
 STEPS = [3, 5, 8]
 GROUPS = [8, 4]
 ANSWERS = 128  # sampled in a step, whatever the size of the groups
@@ -31,12 +35,38 @@ RULES = {  # the first is the one that the others are compared with
     "symmetric, final": ["--rule", "symmetric", "--step_targets", "final"],
     "positive, labels": ["--rule", "positive", "--step_targets", "labels"],
 }
+PLAIN = "plain GRPO"
+WINDOW = 10  # steps of a moving mean
+STUDENT_T = {
+    2: 12.706,
+    3: 4.303,
+    4: 3.182,
+    5: 2.776,
+    6: 2.571,
+    7: 2.447,
+    8: 2.365,
+}  # 95 %, n values
+
+
+# The runs -----------------------------------------------------------------------------------------
+
+
+def run(out, threads, *flags):
+    """One training run into `out`, unless it is done; its output goes to out.log."""
+    if (out / "summary.json").exists():
+        return
+    command = list(map(str, [sys.executable, ROOT / "train.py", "--out", out, *flags]))
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    with open(f"{out}.log", "w") as log:
+        code = subprocess.run(command, stdout=log, stderr=log, env=environment).returncode
+    if code:
+        sys.exit(f"{out}: failed, see {out}.log")
 
 
 def make_task(out, steps):
     """The folder of the task of so many steps, made if it is not there."""
     task = out / f"task-{steps}"
-    if not (task / "unlabelled.jsonl").exists():
+    if not (task / "student").exists():  # is written last
         maker = [sys.executable, ROOT / "data/notes/make.py", "--steps", steps, "--out", task]
         subprocess.run(list(map(str, maker)), check=True)
     return task
@@ -61,28 +91,213 @@ def train(out, task, steps, seed, groups, rl_steps, threads):
             run(folder, threads, *start, *length, *samples, *flags)
 
 
+# What came out ------------------------------------------------------------------------------------
+
+
+def read(folder):
+    """The figures of a run that is done, else None; those of training are arrays over its steps."""
+    if not (folder / "summary.json").exists():
+        return None
+    tests = json.loads((folder / "summary.json").read_text())["rl"]
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    records = [record for record in map(json.loads, lines) if record["stage"] == "rl"]
+    course = ("reward", "steps_right", "wrong_in_right", "right_in_wrong", "credit_right")
+    figures = {name: np.array([record[name] for record in records], float) for name in course}
+    for name, test in tests.items():
+        figures[name] = test["accuracy"]
+    by_step = [np.mean(list(test["step_accuracy"].values())) for test in tests.values()]
+    figures["steps, tests"] = np.mean(by_step)
+    figures["throughout"] = np.mean([test["right_throughout"] for test in tests.values()])
+    return figures
+
+
+def read_all(out, steps, group):
+    """{rule: {seed: figures}} of the runs that are done."""
+    seeds = range(100)
+    runs = {}
+    for rule in RULES:
+        read_runs = {seed: read(folder_of(out, steps, seed, group, rule)) for seed in seeds}
+        runs[rule] = {seed: figures for seed, figures in read_runs.items() if figures}
+    return runs
+
+
+def smooth(values):
+    """Moving means over WINDOW steps."""
+    return np.convolve(values, np.ones(WINDOW) / WINDOW, "valid")
+
+
+def steps_to_best(runs, rule, seed):
+    """RL steps until sampled accuracy reaches 90 % of the best of all rules; nan if it does not."""
+    best = max(smooth(of[seed]["reward"]).max() for of in runs.values() if seed in of)
+    reached = smooth(runs[rule][seed]["reward"]) >= 0.9 * best
+    return float(np.argmax(reached)) + WINDOW if reached.any() else np.nan
+
+
+def differences(runs, rule, name):
+    """Mean over training of a figure less plain GRPO's, for each seed that has both."""
+    seeds = [seed for seed in runs[rule] if seed in runs[PLAIN]]
+    return [np.mean(runs[rule][s][name]) - np.mean(runs[PLAIN][s][name]) for s in seeds]
+
+
+def interval(values):
+    """Half of the 95 % interval of a mean (Student's t); nan of fewer than two values."""
+    if len(values) < 2:
+        return np.nan
+    return STUDENT_T[len(values)] * np.std(values, ddof=1) / np.sqrt(len(values))
+
+
+def start_and_end(values):
+    """Means of the first and the last tenth of training, in which a figure may be missing."""
+    tenth = max(1, len(values) // 10)
+    return np.nanmean(values[:tenth]), np.nanmean(values[-tenth:])
+
+
+def table(out):
+    """All settings as a Markdown table; means over seeds."""
+    head = [
+        "steps",
+        "group",
+        "rule",
+        "seeds",
+        "accuracy over training",
+        "its difference to plain GRPO",
+        "test_random",
+        "test_longtail",
+        "steps right over training",
+        "its difference",
+        "steps right, tests",
+        "right throughout, tests",
+        "steps to 90 %",
+        "credit of the right sign",
+        "wrong steps in right answers, first and last tenth",
+        "right steps in wrong ones",
+    ]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for steps in STEPS:
+        for group in GROUPS:
+            runs = read_all(out, steps, group)
+            for rule, by_seed in runs.items():
+                if by_seed:
+                    row = [str(steps), str(group), rule, *cells(runs, rule)]
+                    lines.append(f"| {' | '.join(row)} |")
+    return "\n".join(lines) + "\n"
+
+
+def cells(runs, rule):
+    """What the table says of one rule."""
+    by_seed = runs[rule]
+    figures = list(by_seed.values())
+    of = {name: np.mean([f[name] for f in figures]) for name in ("test_random", "test_longtail")}
+    wrong, right = (
+        np.mean([start_and_end(f[name]) for f in figures], 0)
+        for name in ("wrong_in_right", "right_in_wrong")
+    )
+    row = [str(len(figures))]
+    for name in ("reward", "steps_right"):
+        row.append(f"{np.mean([f[name].mean() for f in figures]):.3f}")
+        gained = differences(runs, rule, name)
+        is_plain = rule == PLAIN or not gained
+        row.append("-" if is_plain else f"{np.mean(gained):+.3f} ± {interval(gained):.3f}")
+        if name == "reward":
+            row += [f"{of['test_random']:.3f}", f"{of['test_longtail']:.3f}"]
+    row.append(f"{np.mean([f['steps, tests'] for f in figures]):.3f}")
+    row.append(f"{np.mean([f['throughout'] for f in figures]):.3f}")
+    row.append(f"{np.mean([steps_to_best(runs, rule, seed) for seed in by_seed]):.0f}")
+    row.append(f"{np.mean([np.nanmean(f['credit_right']) for f in figures]):.2f}")
+    row.append(f"{wrong[0]:.3f} → {wrong[1]:.3f}")
+    row.append(f"{right[0]:.2f} → {right[1]:.2f}")
+    return row
+
+
+def draw_differences(out, path):
+    """Difference to plain GRPO against the number of steps, a line a rule, 95 % intervals."""
+    plt = pyplot()
+    groups = [g for g in GROUPS if any(read_all(out, steps, g)[PLAIN] for steps in STEPS)]
+    titles = {"reward": "accuracy of sampled answers", "steps_right": "accuracy of their steps"}
+    figure, axes = plt.subplots(
+        len(groups), 2, figsize=(11, 4.2 * len(groups)), layout="constrained", squeeze=False
+    )
+    for row, group in zip(axes, groups, strict=True):
+        runs = {steps: read_all(out, steps, group) for steps in STEPS}
+        for axis, (name, title) in zip(row, titles.items(), strict=True):
+            axis.axhline(0, color="black", linewidth=1, label=PLAIN)
+            for i, rule in enumerate(list(RULES)[1:]):
+                gained = {steps: differences(runs[steps], rule, name) for steps in STEPS}
+                gained = {1: [0.0, 0.0]} | {steps: x for steps, x in gained.items() if x}
+                x = np.array(list(gained)) + 0.06 * (i - 2)
+                means = [np.mean(values) for values in gained.values()]
+                errors = [interval(values) for values in gained.values()]
+                axis.errorbar(x, means, errors, label=rule, marker="o", markersize=4, capsize=3)
+            axis.set(title=f"{title}, groups of {group}", xlabel="steps of an answer")
+            axis.set(ylabel="mean over training, less plain GRPO's", xticks=[1, *STEPS])
+            axis.grid(alpha=0.3)
+    axes[0, 0].legend(fontsize="small")
+    figure.savefig(path, dpi=110)
+
+
+def draw_course(out, path):
+    """How steps and outcomes go together over training, in groups of the first size."""
+    plt = pyplot()
+    panels = {
+        "reward": "right answers",
+        "steps_right": "right steps",
+        "right_in_wrong": "right steps among those of wrong answers",
+        "wrong_in_right": "wrong steps among those of right answers",
+    }
+    figure, axes = plt.subplots(
+        len(STEPS), len(panels), figsize=(15, 3.6 * len(STEPS)), layout="constrained"
+    )
+    for row, steps in zip(axes, STEPS, strict=True):
+        runs = read_all(out, steps, GROUPS[0])
+        for axis, (name, title) in zip(row, panels.items(), strict=True):
+            for rule, by_seed in runs.items():
+                curves = [smooth(figures[name]) for figures in by_seed.values()]
+                if curves:
+                    mean = np.mean(curves, 0)
+                    axis.plot(np.arange(len(mean)) + WINDOW, mean, label=rule, linewidth=1.3)
+            axis.set(title=f"{steps} steps: {title}", xlabel="RL step")
+            axis.grid(alpha=0.3)
+    axes[0, 0].legend(fontsize="small")
+    figure.savefig(path, dpi=90)
+
+
+def pyplot():
+    """matplotlib's, without a screen."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
 def main():
-    """Run what is missing, then write the table and the picture."""
+    """Run what is missing, then write the table and the pictures."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, nargs="+", default=STEPS)
     parser.add_argument("--groups", type=int, nargs="+", default=GROUPS)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--rl_steps", type=int, default=100)
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     args = parser.parse_args()
     threads = max(1, (os.cpu_count() or 1) // args.jobs)
+    tasks = {steps: make_task(args.out, steps) for steps in args.steps}
     with ThreadPoolExecutor(args.jobs) as pool:
         jobs = []
         for seed in args.seeds:
-            for steps in args.steps:
-                task = make_task(args.out, steps)
+            for steps, task in tasks.items():
                 settings = (args.out, task, steps, seed, args.groups, args.rl_steps, threads)
                 jobs.append(pool.submit(train, *settings))
         for job in jobs:
             job.result()
+    text = table(args.out)
+    (args.out / "credit.md").write_text(text)
+    draw_differences(args.out, args.out / "credit.png")
+    draw_course(args.out, args.out / "course.png")
+    print(text)
 
 
 if __name__ == "__main__":

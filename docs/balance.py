@@ -1,32 +1,23 @@
-"""The README's results: seeds x settings on the embedded task, as a table and a picture.
+"""Mode balance: the SFT loss beside RL, weights x seeds, as a table and a picture.
 
-    python docs/results.py --out runs/results                         # credit rules, five seeds
-    python docs/results.py --out runs/results-lr --group_size 4 --lr 4e-4     # flags of RL runs
-    python docs/results.py --out runs/balance --sweep balance --rl_steps 480  # SFT loss beside RL
+    python docs/balance.py --out runs/balance
+    python docs/balance.py --out runs/long --rl_steps 360     # further flags are those of RL runs
 
-For each seed one SFT run, then from the same fine-tuned model one RL run for each setting. Runs
-that are done are not done again, so a stopped sweep goes on. Writes OUT/SWEEP.md and OUT/SWEEP.png.
+For each seed one SFT run, then from the same fine-tuned model one RL run for each weight. Runs that
+are done are not done again, so a stopped sweep goes on. Writes OUT/balance.md and OUT/balance.png.
 """
 
 import argparse
 import json
 import os
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+from credit import ROOT, pyplot, run
 
-ROOT = Path(__file__).resolve().parent.parent
-SWEEPS = {  # of each, the first setting is the one that the others are compared with
-    "rules": {
-        "plain GRPO": ["--rule", "none"],
-        "SAM, step labels": ["--step_targets", "labels"],
-        "SAM, final label": ["--step_targets", "final"],
-    },
-    "balance": {f"sft_coef {value}": ["--sft_coef", value] for value in (0, 0.01, 0.1, 1)},
-}
+# The first setting is the one that the others are compared with.
+SETTINGS = {f"sft_coef {value}": ["--sft_coef", value] for value in (0, 0.01, 0.1, 1)}
 COLUMNS = {
     "random": "test_random",
     "longtail": "test_longtail",
@@ -36,37 +27,26 @@ COLUMNS = {
 }
 
 
-def run(out, threads, *flags):
-    """One training run into `out`, unless it is done; its output goes to out.log."""
-    if (out / "summary.json").exists():
-        return
-    command = list(map(str, [sys.executable, ROOT / "train.py", "--out", out, *flags]))
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    with open(f"{out}.log", "w") as log:
-        code = subprocess.run(command, stdout=log, stderr=log, env=environment).returncode
-    if code:
-        sys.exit(f"{out}: failed, see {out}.log")
-
-
 def folder_of(name):
     """The folder of a setting."""
-    return name.replace(", ", "-").replace(" ", "-")
+    return name.replace(" ", "-")
 
 
-def one_seed(out, settings, seed, threads, flags):
+def one_seed(out, seed, threads, flags):
     """SFT, then RL under each setting from the same fine-tuned model."""
     base = out / f"seed{seed}"
     base.mkdir(parents=True, exist_ok=True)
-    run(base / "sft", threads, "--seed", seed, "--rl_steps", 0)
+    task = ["--task", ROOT / "data/notes", "--seed", seed]
+    run(base / "sft", threads, *task, "--rl_steps", 0)
     start = ["--model", base / "sft" / "sft", "--sft_steps", 0, "--eval_every", 0]
-    for name, setting in settings.items():
-        run(base / folder_of(name), threads, "--seed", seed, *start, *setting, *flags)
+    for name, setting in SETTINGS.items():
+        run(base / folder_of(name), threads, *task, *start, *setting, *flags)
 
 
-def read(out, settings, seeds):
+def read(out, seeds):
     """{setting: {column: [a value, or for reward a list over steps, for each seed]}}."""
     results = {}
-    for name in ("SFT alone", *settings):
+    for name in ("SFT alone", *SETTINGS):
         rows = {column: [] for column in (*COLUMNS, "reward")}
         for seed in seeds:
             base = out / f"seed{seed}" / ("sft" if name == "SFT alone" else folder_of(name))
@@ -114,12 +94,7 @@ def draw(results, path):
     """Sampled accuracy over training: mean over seeds in a moving window, and the band of one
     standard deviation.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    figure, axis = pyplot().subplots(figsize=(8, 4.5), layout="constrained")
     for name, rows in results.items():
         if not rows["reward"]:
             continue
@@ -144,18 +119,16 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--sweep", choices=SWEEPS, default="rules")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--jobs", type=int, default=2, help="seeds trained at a time")
     args, flags = parser.parse_known_args()
-    settings = SWEEPS[args.sweep]
     threads = max(1, (os.cpu_count() or 1) // args.jobs)
     with ThreadPoolExecutor(args.jobs) as pool:
-        list(pool.map(lambda seed: one_seed(args.out, settings, seed, threads, flags), args.seeds))
-    results = read(args.out, settings, args.seeds)
-    lines = table(results, next(iter(settings)))
-    (args.out / f"{args.sweep}.md").write_text(lines)
-    draw(results, args.out / f"{args.sweep}.png")
+        list(pool.map(lambda seed: one_seed(args.out, seed, threads, flags), args.seeds))
+    results = read(args.out, args.seeds)
+    lines = table(results, next(iter(SETTINGS)))
+    (args.out / "balance.md").write_text(lines)
+    draw(results, args.out / "balance.png")
     print(lines)
 
 
