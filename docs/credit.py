@@ -63,11 +63,12 @@ def run(out, threads, *flags):
         sys.exit(f"{out}: failed, see {out}.log")
 
 
-def make_task(out, steps):
+def make_task(out, steps, error=None):
     """The folder of the task of so many steps, made if it is not there."""
     task = out / f"task-{steps}"
     if not (task / "student").exists():  # is written last
         maker = [sys.executable, ROOT / "data/notes/make.py", "--steps", steps, "--out", task]
+        maker += [] if error is None else ["--error", error]
         subprocess.run(list(map(str, maker)), check=True)
     return task
 
@@ -281,10 +282,11 @@ def main():
     parser.add_argument("--groups", type=int, nargs="+", default=GROUPS)
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--rl_steps", type=int, default=100)
+    parser.add_argument("--error", type=float, help="how often the annotator misses a rule")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     args = parser.parse_args()
     threads = max(1, (os.cpu_count() or 1) // args.jobs)
-    tasks = {steps: make_task(args.out, steps) for steps in args.steps}
+    tasks = {steps: make_task(args.out, steps, args.error) for steps in args.steps}
     with ThreadPoolExecutor(args.jobs) as pool:
         jobs = []
         for seed in args.seeds:
