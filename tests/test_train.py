@@ -132,7 +132,7 @@ def test_what_is_logged_of_steps():
     ends_NK = torch.tensor([[2, 3], [0, 0], [1, 2], [1, 2], [0, 0], [1, 2]])
     lengths_N = torch.tensor([4, 2, 2, 3, 1, 2])
     traces = [trace("31", [2, 3]), malformed, trace("33", [1, 2])], [trace("31", [1, 2]), malformed, trace("00", [1, 2])]
-    batch = [{"label": "1", "step_labels": ["3", "1"]}, {"label": "1"}]
+    batch = [{"label": "1", "step_labels": ["3", "1"], "targets": ["1", "1"]}, {"label": "1", "targets": ["1", "1"]}]
     rewards_PG = torch.tensor([[1.0, 0.0, 0.0], [1.0, 0.0, 0.0]])
     credit_A = torch.tensor([9, 1, 2, 9, 9, 9, 4, -8, *[9] * 6]).float()
     ranks = SimpleNamespace(device="cpu", gather=lambda x: x)
@@ -143,6 +143,15 @@ def test_what_is_logged_of_steps():
     credit_A[6] *= -1  # the right first step of the wrong answer is punished
     assert train.step_figures(batch, traces, rewards_PG, credit_A, lengths_N, ends_NK, ranks)["credit_right"] == 11 / 15
     assert train.step_figures(batch[1:], traces[1:], rewards_PG[1:], credit_A[8:], lengths_N[3:], ends_NK[3:], ranks) == nothing
+
+
+@pytest.mark.parametrize("rule", ["none", "tree"])
+def test_rules_that_need_no_step_labels(task, tmp_path, monkeypatch, rule):
+    """Labels asked for that the rule never reads."""
+    write(task / "train.jsonl", [{k: v for k, v in r.items() if k != "step_labels"} for r in lines(task / "train.jsonl")])
+    run(monkeypatch, task, tmp_path / "out", "--sft_steps=0", "--rl_steps=1", f"--rule={rule}")
+    last = lines(tmp_path / "out" / "metrics.jsonl")[-1]
+    assert last["steps_right"] is None and last["credit_right"] is None
 
 
 def test_pictures_that_fail_lose_nothing(task, tmp_path, monkeypatch, capsys):
