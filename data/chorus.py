@@ -1,22 +1,29 @@
 """A task folder from real, human-labelled product search pairs (English, electronics), and the
 baselines to beat.
 
-    python data/chorus.py make PATH_TO_CHORUS --out data/chorus # then: train.py --task data/chorus
+    python data/chorus.py make PATH_TO_CHORUS                  # then: train.py --task data/chorus
+    python data/chorus.py make PATH_TO_CHORUS --model models/smollm2 --reason --out data/chorus-r
     python data/chorus.py baselines --task data/chorus  # to hold against train.py's table; --json
 
 PATH_TO_CHORUS holds train.jsonl and test.jsonl (query, document, label 0..3, query_id; no query is
 in both) and the data's README.md and LICENSE, which are copied along. The data are not part of this
 project: do not commit the folder.
 
-There are labels but no demonstrations of reasoning, so the task is answer-first without steps: SFT
-on the labels of the training pairs, then RL on the same pairs. The model is a tiny Qwen3 that
-starts without weights. It knows no word that the training pairs do not teach it; `--model
-Qwen/Qwen3-0.6B` is the same task for a model that does.
+There are labels but no demonstrations of reasoning. In the first form the task is answer-first
+without steps: SFT on the labels of the training pairs, then RL on the same pairs. With `--reason`
+the answer has three steps, demonstrated by rule: which words of the query the title has, and the
+grade that these alone would give; what is searched for and what is offered, and whether that is the
+same kind, which the human grade tells; the human grade. Nothing is taken from test pairs.
+
+Without `--model` the folder gets a tiny Qwen3 that starts without weights and knows no word that
+the training pairs do not teach it. With it, the task is for that model (`train.py --model`), whose
+tokenizer says how long answers are.
 """
 
 import argparse
 import json
 import math
+import random
 import re
 import shutil
 import sys
@@ -35,24 +42,36 @@ LABELS = ["0", "1", "2", "3"]  # from worst to best
 RELEVANT = ["2", "3"]
 VOCABULARY = 4096
 CONTEXT = 1024
+NO_KINDS = {"for", "and", "with", "the", "ppm", "replaces", "for select"}
 
-CRITERIA = rf"""---
-labels: {json.dumps(LABELS)}  # from worst to best
-relevant: {json.dumps(RELEVANT)}
-steps: []
-format: answer-first
----
-You grade how well a product of an electronics shop answers a search query.
+FORMS = {  # steps, format, and how the criteria end
+    "label": ([], "answer-first", " Answer with \\boxed{grade} only."),
+    "reason": (
+        ["words", "kind", "grade"],
+        "reason-first",
+        "\nWork in three steps and close every step with a grade as \\boxed{grade}."
+        "\nWords: the words of the query that the product's text has and those that it lacks; "
+        "the grade that these alone would give."
+        "\nKind: what is searched for and what is offered; "
+        "3 if that is the same kind of thing or close to it, 0 if it is another."
+        "\nGrade: the grade by the rules above, which is the answer.",
+    ),
+}
+MEANINGS = {
+    "3": "what was searched for",
+    "2": "close",
+    "1": "loosely related",
+    "0": "unrelated",
+}
+RULES = """You grade how well a product of an electronics shop answers a search query.
 3: what was searched for: a product of that kind, and of the brand, model or property that the query names.
 2: close: the right kind of product with one detail that differs, or one that many who search for this would buy as well.
 1: loosely related: an accessory or a part of the product searched for, or something for the same use.
 0: unrelated: a different kind of product, even if it shares words with the query.
-Judge what the product is, not which words it mentions. Answer with \boxed{{grade}} only.
-"""  # noqa: E501 (a line of it is a line of the file)
+Judge what the product is, not which words it mentions."""  # noqa: E501 (a line of the criteria is a line of the file)
 
 # About one epoch of SFT: more steps learn the training queries by heart.
 SETTINGS = {
-    "max_new_tokens": 16,
     "eval_every": 10,
     "sft_steps": 80,
     "sft_batch": 32,
@@ -63,6 +82,8 @@ SETTINGS = {
     "lr": 5e-5,
 }
 
+PRETRAINED = {"sft_steps": 78, "sft_lr": 5e-5, "lr": 5e-6}  # what differs for a pretrained model
+
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -71,7 +92,7 @@ CHAT_TEMPLATE = (
 
 def read_source(source):
     """The training and test pairs of the folder `source`, checked. Raises grm.TaskError."""
-    task = grm.Task(source, CRITERIA, LABELS, RELEVANT, [], "answer-first")
+    task = grm.Task(source, RULES, LABELS, RELEVANT, [], "answer-first")
     files = ("train.jsonl", "test.jsonl", "README.md", "LICENSE")
     for name in files:
         if not (source / name).is_file():
@@ -83,7 +104,7 @@ def read_source(source):
     leaks = [record for record in test if record["query_id"] in known]
     if leaks:
         raise grm.TaskError(
-            f"{leaks[0]['where']}: query_id {leaks[0]['query_id']!r} is in train.jsonl too; "
+            f"{leaks[0].where}: query_id {leaks[0]['query_id']!r} is in train.jsonl too; "
             f"the test set must hold other queries ({len(leaks)} such lines)"
         )
     return train, test
@@ -139,30 +160,123 @@ def make_config(tokenizer):
     )
 
 
-def make(source, out):
-    """Write the task folder `out` from the folder `source`: the same bytes every time."""
+def write_criteria(form):
+    """The text of criteria.md, front matter and body."""
+    steps, answer_format, closing = FORMS[form]
+    front = [
+        f"labels: {json.dumps(LABELS)}  # from worst to best",
+        f"relevant: {json.dumps(RELEVANT)}",
+        f"steps: [{', '.join(steps)}]",
+        f"format: {answer_format}",
+    ]
+    return "\n".join(["---", *front, "---", RULES + closing, ""])
+
+
+def find_kinds(documents):
+    """{document: what its title calls the thing}; "unnamed" where it does not.
+
+    Titles here read "BRAND MODEL kind of thing Property": the kind is the longest run of words in
+    lower case in the first sentence that three titles share.
+    """
+    runs = {}
+    for text in documents:
+        first = re.split(r"[.!?] ", text)[0]
+        found = re.findall(r"(?<!\S)[a-z][a-z/-]{2,}(?: [a-z][a-z/-]{2,})*(?=[\s.,]|$)", first)
+        runs[text] = [run for run in found if run not in NO_KINDS]
+    counts = Counter(run for found in runs.values() for run in set(found))
+    kinds = {}
+    for text, found in runs.items():
+        shared = [run for run in found if counts[run] >= 3]
+        kinds[text] = max(shared, key=lambda run: len(run.split()), default="unnamed")
+    return kinds
+
+
+def demonstrate(train):
+    """The training records with `response` and `step_labels`: reasoning in three steps, by rule."""
+    documents = sorted({record["document"] for record in train})
+    kinds = find_kinds(documents)
+    scores = overlap_scores(train, documents)
+    gold = [LABELS.index(record["label"]) for record in train]
+    by_words = np.searchsorted(fit_thresholds(scores, gold, len(LABELS)), scores, side="right")
+    demonstrations = []
+    for record, place in zip(train, by_words, strict=True):
+        query = list(dict.fromkeys(re.findall(r"\w+", record["query"].lower())))
+        has = [word for word in query if word in words(record["document"])]
+        lacks = [word for word in query if word not in has]
+        kind = kinds[record["document"]]
+        same = record["label"] in RELEVANT
+        labels = [LABELS[place], "3" if same else "0", record["label"]]
+        texts = [
+            f"words: has {' '.join(has) or 'none'}, lacks {' '.join(lacks) or 'none'}",
+            f"kind: {record['query']}, {kind}, {'same' if same else 'another'}",
+            f"grade: {MEANINGS[record['label']]}",
+        ]
+        steps = [f"{text} \\boxed{{{label}}}" for text, label in zip(texts, labels, strict=True)]
+        demonstrations.append(record | {"response": " ".join(steps), "step_labels": labels})
+    return demonstrations
+
+
+def cross(train, of_each=30):
+    """Unlabelled pairs: each training query with titles that nobody judged for it.
+
+    Half of them are those that have most of its words, half are drawn.
+    """
+    rng = random.Random(0)
+    documents = sorted({record["document"] for record in train})
+    judged = {}
+    for record in train:
+        judged.setdefault(record["query"], set()).add(record["document"])
+    pairs = []
+    for query, known in judged.items():
+        candidates = [{"query": query, "document": text} for text in documents if text not in known]
+        scores = overlap_scores(candidates, documents)
+        order = sorted(range(len(candidates)), key=lambda i: -scores[i])
+        nearest = order[: of_each // 2]
+        others = rng.sample(order[of_each // 2 :], of_each - len(nearest))
+        pairs += [candidates[i] for i in (*nearest, *others)]
+    return pairs
+
+
+def make(source, out, model=None, form="label"):
+    """Write the task folder `out` from the folder `source`: the same bytes every time.
+
+    model: a folder or hub name, whose tokenizer says how long the demonstrated answers are; None:
+    the task gets a tiny model of its own.
+    """
     if out.resolve() == source.resolve():
         raise grm.TaskError(f"--out {out}: is PATH_TO_CHORUS, whose files would be overwritten")
     train, test = read_source(source)
     out.mkdir(parents=True, exist_ok=True)
-    (out / "criteria.md").write_text(CRITERIA, encoding="utf-8")
-    (out / "train.json").write_text(json.dumps(SETTINGS, indent=2) + "\n", encoding="utf-8")
-    demonstrations = [{**r, "response": f"\\boxed{{{r['label']}}}"} for r in train]
-    write_lines(out / "sft.jsonl", demonstrations, ("query", "document", "response"))
-    for name, records in (("train", train), ("test", test)):
-        write_lines(out / f"{name}.jsonl", records, ("query", "document", "label", "query_id"))
+    (out / "criteria.md").write_text(write_criteria(form), encoding="utf-8")
+    fields = ["query", "document", "label", "query_id"]
+    if form == "reason":
+        train = demonstrate(train)
+        write_lines(out / "train.jsonl", train, (*fields, "step_labels"))
+    else:
+        train = [{**r, "response": f"\\boxed{{{r['label']}}}"} for r in train]
+        write_lines(out / "train.jsonl", train, fields)
+    write_lines(out / "sft.jsonl", train, ("query", "document", "response"))
+    write_lines(out / "test.jsonl", test, fields)
+    write_lines(out / "unlabelled.jsonl", cross(train), ("query", "document"))
     for name in ("README.md", "LICENSE"):
         shutil.copyfile(source / name, out / name)
     task = grm.Task.load(out)
-    # Every prompt holds the criteria, so their words are frequent words.
-    texts = [
-        f"system\n{task.criteria}\nuser\nQuery: {r['query']}\nDocument: {r['document']}\n"
-        f"assistant\n{r['response']}"
-        for r in demonstrations
-    ]
-    tokenizer = make_tokenizer(texts)
-    tokenizer.save_pretrained(out / "model")
-    make_config(tokenizer).save_pretrained(out / "model")
+    if model is None:
+        # Every prompt holds the criteria, so their words are frequent words.
+        texts = [
+            f"system\n{task.criteria}\nuser\nQuery: {r['query']}\nDocument: {r['document']}\n"
+            f"assistant\n{r['response']}"
+            for r in train
+        ]
+        tokenizer = make_tokenizer(texts)
+        tokenizer.save_pretrained(out / "model")
+        make_config(tokenizer).save_pretrained(out / "model")
+    else:
+        tokenizer = grm.load_model(model, "meta")[1]
+    renderer = grm.Renderer(task, tokenizer)
+    longest = max(len(renderer.response(record["response"])) for record in train)
+    settings = {"max_new_tokens": max(16, longest + 8), **SETTINGS, **(PRETRAINED if model else {})}
+    (out / "train.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def write_lines(path, records, fields):
@@ -270,13 +384,15 @@ def main():
         "source", type=Path, metavar="PATH_TO_CHORUS", help="folder with train.jsonl and test.jsonl"
     )
     folder = Path("data/chorus")
+    maker.add_argument("--model", help="a pretrained model: its folder, or its name on the hub")
+    maker.add_argument("--reason", action="store_true", help="answers of three steps")
     maker.add_argument("--out", type=Path, default=folder, help=f"to write (default: {folder})")
     measure.add_argument("--task", type=Path, default=folder, help=f"(default: {folder})")
     measure.add_argument("--json", action="store_true", help="print JSON, not a table")
     args = parser.parse_args()
     try:
         if args.command == "make":
-            make(args.source, args.out)
+            make(args.source, args.out, args.model, "reason" if args.reason else "label")
         else:
             results = baselines(grm.Task.load(args.task))
             print(json.dumps(results, indent=1)) if args.json else print_table(results)

