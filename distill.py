@@ -272,8 +272,10 @@ class Config:
     samples: int = setting(4, "reasonings of the teacher for each pair", min=1)
     sampling_temperature: float = setting(1.0, "temperature of these reasonings", above=0)
     max_new_tokens: int = setting(512, "longest reasoning, in tokens", min=1)
-    cache_tokens: int = setting(131072, "token budget of the key-value cache in sampling", min=1)
-    max_tokens: int = setting(32768, "token budget of one forward pass", min=1)
+    cache_tokens: int = setting(
+        0, "tokens of the key-value cache in sampling (0: by memory, at most 131072)", min=0
+    )
+    max_tokens: int = setting(0, "tokens of a forward pass (0: by memory, at most 32768)", min=0)
     # student
     loss: Literal["label", "gold", "forward", "reverse", "js"] = setting(
         "label", "label: KL on label logits; gold: labels, no teacher; the others: on every token"
@@ -365,6 +367,7 @@ class Teacher:
         skeleton, _ = grm.load_model(config.teacher, "meta")
         bf16 = parallel.chosen_bf16(config.bf16, ranks.device, skeleton.config.hidden_size)
         dtype = torch.bfloat16 if bf16 else torch.float32
+        set_budgets(config, skeleton, ranks.device, dtype, numbers=1)  # nothing but its weights
         self.model, tokenizer = grm.load_model(config.teacher, ranks.device, dtype)
         rollout.use_tree_attention(self.model)
         context = self.model.config.max_position_embeddings
@@ -821,6 +824,17 @@ class ReasoningStudent(CausalStudent):
         self.task.save(folder)
 
 
+def set_budgets(config, model, device, dtype, numbers):
+    """Put what the memory has room for beside a model in the place of budgets that are 0.
+
+    numbers: of dtype, held for each of the model's parameters.
+    """
+    held = sum(p.numel() for p in model.parameters()) * numbers * dtype.itemsize
+    budgets = rollout.token_budgets(model.config, device, held, dtype.itemsize)
+    config.max_tokens = config.max_tokens or budgets[0]
+    config.cache_tokens = config.cache_tokens or budgets[1]
+
+
 def make_engine(model, renderer, config):
     """The engine of greedy answers and label logits, with the run's budgets."""
     return rollout.Engine(
@@ -955,8 +969,9 @@ def main():
     teacher = Teacher(config, task, ranks) if config.loss != "gold" else None
     make = student_maker(config, task, teacher)
     # Of the student's computing and sampling; its master weights are float32.
-    width = make("meta").model.config.hidden_size
-    bf16 = parallel.chosen_bf16(config.bf16, ranks.device, width)
+    skeleton = make("meta").model
+    bf16 = parallel.chosen_bf16(config.bf16, ranks.device, skeleton.config.hidden_size)
+    set_budgets(config, skeleton, ranks.device, torch.float32, numbers=4)
     student = parallel.shard(make, ranks, bf16)
     optimizer = torch.optim.AdamW(student.parameters(), weight_decay=config.weight_decay)
     encode(teacher, student, pairs, tests)

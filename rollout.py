@@ -575,6 +575,40 @@ def micro_batches(prompts, answers, max_tokens):
     return [*pairs, (slice(start, len(prompts)), slice(first_token, token))]
 
 
+def token_budgets(config, device, held, size, checkpointing=False):
+    """[tokens of a training pass, tokens of the cache in `sample`] that a device has room for.
+
+    config: the model's. held: bytes of weights, gradients and moments on this rank. size: bytes of
+    a number in the computation. checkpointing: only the inputs of layers are kept for backward.
+    An estimate: a training token keeps in each layer 6 states, 4 of the MLP's width, and 4 times
+    queries and keys (docs/plan.py counts them). A quarter of the memory stays free, and of the rest
+    the cache gets a quarter. At most 2^15 and 2^17 tokens, and the same on each start.
+    """
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    keys = head_dim * (getattr(config, "num_key_value_heads", None) or heads)
+    inner = getattr(config, "intermediate_size", 4 * config.hidden_size)
+    kept = 6 * config.hidden_size + 4 * inner + 4 * (head_dim * heads + keys)
+    if checkpointing:
+        kept = config.hidden_size + kept / config.num_hidden_layers
+    room = (0.75 * device_memory(device) - held) / size / config.num_hidden_layers
+    budgets = []
+    for tokens, most in ((room / kept, 2**15), (room / 4 / (2 * keys), 2**17)):
+        budgets.append(min(most, max(2**10, int(tokens) // 2**10 * 2**10)))
+    return budgets
+
+
+def device_memory(device):
+    """Bytes of a GPU's memory, or of this machine's for each of the ranks that share it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")  # of a container
+    if limit.is_file() and limit.read_text().strip().isdigit():
+        memory = min(memory, int(limit.read_text()))
+    return memory // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
 # Sampling -----------------------------------------------------------------------------------------
 
 

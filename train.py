@@ -57,8 +57,10 @@ class Config:
     out: str = setting("", "folder for all that the run writes (runs/NAME_OF_TASK)")
     seed: int = setting(0, "seeds fresh weights, the order of the data, and sampling", min=0)
     max_new_tokens: int = setting(512, "longest answer, in tokens, EOS included", min=1)
-    max_tokens: int = setting(32768, "token budget of one forward pass (micro-batch)", min=1)
-    cache_tokens: int = setting(131072, "token budget of the key-value cache in sampling", min=1)
+    max_tokens: int = setting(0, "tokens of a micro-batch (0: by memory, at most 32768)", min=0)
+    cache_tokens: int = setting(
+        0, "tokens of the key-value cache in sampling (0: by memory, at most 131072)", min=0
+    )
     bf16: Literal["auto", "0", "1"] = setting(
         "auto", "compute and sample in bfloat16; auto: on CUDA, and CPUs with AMX where it pays"
     )
@@ -227,6 +229,20 @@ def by_stage(records, steps):
 
 
 # Models -------------------------------------------------------------------------------------------
+
+
+def set_budgets(config, skeleton, bf16, ranks):
+    """Put what the memory has room for in the place of budgets that are 0."""
+    size = 2 if bf16 else 4
+    count = sum(p.numel() for p in skeleton.parameters())
+    held = (20 if config.kl_coef else 16) * count / ranks.world  # weights, gradients, moments
+    if bf16 or ranks.world > 1:
+        held += size * count  # the sampling model
+    budgets = rollout.token_budgets(
+        skeleton.config, ranks.device, held, size, config.activation_checkpointing
+    )
+    config.max_tokens = config.max_tokens or budgets[0]
+    config.cache_tokens = config.cache_tokens or budgets[1]
 
 
 def make_policy(source, config, device):
@@ -617,8 +633,11 @@ def main():
     bf16 = parallel.chosen_bf16(config.bf16, ranks.device, skeleton.config.hidden_size)
     context = skeleton.config.max_position_embeddings
     renderer = grm.Renderer(task, tokenizer, context, config.max_new_tokens)
+    set_budgets(config, skeleton, bf16, ranks)
     data = load_data(config, task, renderer)
     parallel.announce(ranks, bf16, skeleton, data, out)
+    budgets = f"{config.max_tokens:,} tokens a micro-batch, {config.cache_tokens:,} in the cache"
+    parallel.print0(f"budgets     {budgets}")
 
     make = partial(make_policy, config.model, config)
     policy = parallel.shard(make, ranks, bf16)

@@ -18,7 +18,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import rollout
-from train import Config
 
 LOGITS = 2**24  # of one chunk in rollout.token_logprobs
 
@@ -76,8 +75,8 @@ def memory_plan(
     model,
     *,
     ranks=1,
-    max_tokens=Config.max_tokens,
-    cache_tokens=Config.cache_tokens,
+    max_tokens=2**15,
+    cache_tokens=2**17,
     activation_checkpointing=False,
     kl=False,
     bf16=True,
@@ -181,9 +180,9 @@ def parse_args():
         "--gpu_gb", type=float, default=80, help="memory of a GPU, in GB of 10^9 bytes (default 80)"
     )
     parser.add_argument(
-        "--max_tokens", type=int, default=Config.max_tokens, help="as of train.py, like the next"
+        "--max_tokens", type=int, default=2**15, help="as of train.py, like the next"
     )
-    parser.add_argument("--cache_tokens", type=int, default=Config.cache_tokens)
+    parser.add_argument("--cache_tokens", type=int, default=2**17)
     parser.add_argument("--activation_checkpointing", action="store_true")
     parser.add_argument("--kl", action="store_true", help="with --kl_coef: a reference model")
     args = parser.parse_args()

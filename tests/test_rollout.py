@@ -240,6 +240,46 @@ def test_micro_batches_take_every_token_once():
     assert rollout.micro_batches([], [], 1) == [] and [prompts[rollout.EMPTY[0]], packed[rollout.EMPTY[1]].tolist()] == [[], []]
 
 
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_budgets_are_near_what_is_counted(monkeypatch, architecture, bf16):
+    """A budget that ignores the model, or the size of its numbers: a cache of 6 GB for a model of 0.5 GB."""
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    import plan
+
+    size = 2 if bf16 else 4
+    monkeypatch.setattr(rollout, "device_memory", lambda device: 10e6)
+    with torch.device("meta"):
+        wide = {"hidden_size": 64, "intermediate_size": 192, "head_dim": 16, "num_hidden_layers": 3}
+        model = make_model(architecture, **wide)
+    counted = plan.bytes_per_token(model, bf16)
+    monkeypatch.setattr(rollout, "device_memory", lambda device: 4000 * counted / 0.75)
+    of_pass, _ = rollout.token_budgets(model.config, torch.device("cpu"), 0, size)
+    assert 0.6 * 4000 < of_pass + 512 < 1.5 * 4000
+    token = 3 * 2 * 2 * 16 * size  # layers, keys and values, heads, width
+    monkeypatch.setattr(rollout, "device_memory", lambda device: 4 * 20.5 * 2**10 * token / 0.75)
+    assert rollout.token_budgets(model.config, torch.device("cpu"), 0, size)[1] == 20 * 2**10
+    half = 0.5 * 4 * 20.5 * 2**10 * token  # is taken by weights
+    assert rollout.token_budgets(model.config, torch.device("cpu"), half, size)[1] == 10 * 2**10
+    assert rollout.token_budgets(model.config, torch.device("cpu"), 1e12, size) == [2**10, 2**10]
+    checkpointed, _ = rollout.token_budgets(model.config, torch.device("cpu"), 0, size, True)
+    assert checkpointed > of_pass
+
+
+def test_memory_of_this_machine(monkeypatch, tmp_path):
+    """The memory of the machine given to each of its ranks, a container's limit not seen."""
+    cpu = torch.device("cpu")
+    whole = rollout.device_memory(cpu)
+    assert 2**28 < whole < 2**45
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert rollout.device_memory(cpu) == whole // 4
+    (tmp_path / "memory.max").write_text("4000\n")
+    monkeypatch.setattr(rollout, "Path", lambda path: tmp_path / path.rsplit("/")[-1])
+    assert rollout.device_memory(cpu) == 1000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert rollout.device_memory(cpu) == whole // 4
+
+
 # Sampling
 
 

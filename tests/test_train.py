@@ -145,6 +145,19 @@ def test_what_is_logged_of_steps():
     assert train.step_figures(batch[1:], traces[1:], rewards_PG[1:], credit_A[8:], lengths_N[3:], ends_NK[3:], ranks) == nothing
 
 
+def test_budgets_come_from_the_memory(task, tmp_path, monkeypatch, capsys):
+    """Budgets that do not look at the machine, or that a flag no longer sets."""
+    monkeypatch.setattr(rollout, "device_memory", lambda device: 80e6)
+    flags = ["--rl_steps=0", "--sft_steps=1"]
+    run(monkeypatch, task, tmp_path / "a", *flags, "--cache_tokens=3000")
+    assert "budgets     1,024 tokens a micro-batch, 3,000 in the cache" in capsys.readouterr().out
+    run(monkeypatch, task, tmp_path / "b", *flags, "--max_tokens=3000", "--activation_checkpointing")
+    assert "budgets     3,000 tokens a micro-batch, 7,168 in the cache" in capsys.readouterr().out
+    monkeypatch.undo()
+    run(monkeypatch, task, tmp_path / "c", *flags)
+    assert "budgets     32,768 tokens a micro-batch, 131,072 in the cache" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("rule", ["none", "tree"])
 def test_rules_that_need_no_step_labels(task, tmp_path, monkeypatch, rule):
     """Labels asked for that the rule never reads."""
