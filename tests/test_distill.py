@@ -600,7 +600,7 @@ def test_on_policy_uses_the_students_own_samples(task, monkeypatch):
         return sampled
 
     monkeypatch.setattr(rollout, "sample", recording)
-    student, losses = train(teacher, pairs, "--loss=reverse", "--on_policy", "--steps=2")
+    student, losses = train(teacher, pairs, "--loss=reverse", "--on_policy", "--steps=2", "--cache_tokens=10000")
     assert [step for _, step, _ in seen] == [0, 1] and all(model is student.model for model, *_ in seen)
     batch = zip(parallel.epoch_batch(pairs, 4, 0, 0), seen[0][2], strict=True)
     answered = [pair | {"reasonings": answers} for pair, answers in batch]
