@@ -576,21 +576,26 @@ def draw_curves(out):
         if test["stage"] == "sft":  # is where RL begins
             test |= {"stage": "rl", "step": 0}
     accuracies = {name: name.replace("/accuracy", ", greedy") for name in tests[0] if "acc" in name}
+    sampled = {"reward": "sampled answers (reward)", "steps_right": "their steps"}
+    credit = {
+        "frac_zero_std": "groups without a signal",
+        "masked": "masked tokens",
+        "right_in_wrong": "right steps in wrong answers",
+        "wrong_in_right": "wrong steps in right answers",
+    }
     panels = [
         ("SFT: loss", "sft", {"loss": "loss"}),
-        ("RL: accuracy", "rl", {"reward": "sampled answers (reward)"} | accuracies),
-        (
-            "RL: credit",
-            "rl",
-            {"frac_zero_std": "groups without a signal", "masked": "masked tokens"},
-        ),
+        ("RL: accuracy", "rl", sampled | accuracies),
+        ("RL: credit", "rl", credit),
         ("RL: entropy per token", "rl", {"entropy": "entropy"}),
     ]
     figure, axes = plt.subplots(2, 2, figsize=(11, 6.5), layout="constrained")
     for axis, (title, stage, lines) in zip(axes.flat, panels, strict=True):
         for key, name in lines.items():
             records = tests if key in accuracies else steps
-            chosen = [r for r in records if r["stage"] == stage and r[key] is not None]
+            chosen = [r for r in records if r["stage"] == stage and r.get(key) is not None]
+            if not chosen:
+                continue  # steps cannot be judged without step_labels
             x = [record["step"] for record in chosen]
             y = [record[key] for record in chosen]
             marker = "o" if key in accuracies else None
