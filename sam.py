@@ -31,7 +31,8 @@ def group_advantages(rewards_PG, normalize_std=True, clamp=None):
 
     A group whose rewards are all equal, by exact comparison, gets exactly 0. It still counts in the
     loss denominator, and a KL or SFT term still acts on it.
-    normalize_std: as in GRPO (arXiv 2402.03300); False: as in Dr. GRPO (arXiv 2503.20783).
+    normalize_std: as in GRPO (arXiv 2402.03300), by the deviation with G - 1 in its denominator;
+        False: as in Dr. GRPO (arXiv 2503.20783).
     clamp: limit to +-clamp (DyKnow-RAG, arXiv 2510.11122, uses 2).
     Raises ValueError unless the rewards are [P, G] with G >= 2.
     """
@@ -56,7 +57,7 @@ def stepwise_credit(advantages_N, step_ends_NK, step_right_NK, lengths_N, rule="
     """Credit of every token [A], float32: its answer's advantage where its step earned it, else 0.
 
     step_ends_NK: see `spread`; a row of zeros marks a malformed answer.
-    step_right_NK: bool, whether the step's verdict is its target.
+    step_right_NK: bool, whether the step is right: whether its verdict is its target, say.
     lengths_N: int64, tokens of each answer; A is their sum.
 
     With A_i the advantage, s_ik the step's verdict and t_ik its target, our reading of SAM keeps
@@ -85,9 +86,10 @@ def tree_credit(advantages_PG, step_ends_NK, verdicts_NK, lengths_N):
     """Credit of every token [A], float32, without step labels: what its step did for the answer.
 
     The verdicts of a group's answers form a tree. With V_k the mean advantage of the answers that
-    share an answer's first k verdicts, and V_0 the whole group's, step k gets V_k - V_(k-1): more
-    than nothing where it led to better answers than the steps before it promised. An answer's
-    steps share out its advantage; a step on which all answers agree gets 0.
+    share an answer's first k verdicts, and V_0 the whole group's, step k gets V_k - V_(k-1):
+    positive where the answers that took it did better than those that share only the steps before
+    it. An answer's steps share out its advantage (unless it was clamped); a step on which all
+    answers agree gets 0, up to rounding.
 
     Values from the group's own prefix tree are TEMPO's idea (arXiv 2509.18314); verdicts in the
     place of tokens are ours.
@@ -137,7 +139,7 @@ def policy_loss(
     """Clipped policy-gradient loss (a scalar) and its statistics.
 
     logprobs_A: float32, of the current policy, with gradient; EOS is among the tokens.
-    credit_A: from stepwise_credit.
+    credit_A: from stepwise_credit or tree_credit.
     denominator: the number of response tokens over all micro-batches and ranks, masked by SAM or
         not, so that masking takes weight from a step and gives none to the others.
     old_logprobs_A: the trainer's at the start of the step. None: the current ones, which makes the
@@ -155,7 +157,8 @@ def policy_loss(
     step; clipped, tokens whose gradient the clip stopped; mismatch, |trainer's minus sampler's
     log-probability| at the start of the step; is_weight, the importance weights; ref_kl.
 
-    The value starts near 0 by construction, since advantages are centred: watch the reward.
+    The value is no measure of progress: without masking it starts near 0 by construction, since
+    advantages are centred. Watch the reward.
     No input is changed. Raises ValueError for mismatched shapes.
     """
     old_A = logprobs_A.detach() if old_logprobs_A is None else old_logprobs_A
@@ -206,7 +209,7 @@ def rollout_stats(rewards_PG, advantages_N, credit_A, lengths_N, ended_N):
 
 
 def step_stats(won_N, right_NK, credit_NK):
-    """How steps and outcomes go together, as floats: whether credit by step has something to mend.
+    """How reasoning steps and outcomes go together, as floats: what credit by step has to mend.
 
     won_N, bool: the answer got its reward. right_NK, bool. credit_NK: of each step.
     steps_right: the share of right steps; wrong_in_right: of wrong ones among the steps of answers
@@ -214,14 +217,14 @@ def step_stats(won_N, right_NK, credit_NK):
     without a wrong step among those that won; credit_right: of the credit, by amount, that is
     above 0 on right steps and below 0 on wrong ones. None where there is nothing to share.
     """
-    in_right_NK = right_NK[won_N]
-    in_wrong_NK = right_NK[~won_N]
+    of_won_NK = right_NK[won_N]
+    of_lost_NK = right_NK[~won_N]
     fitting_NK = credit_NK.abs() * ((credit_NK > 0) == right_NK)
     shares = {
         "steps_right": (right_NK.sum(), right_NK.numel()),
-        "wrong_in_right": ((~in_right_NK).sum(), in_right_NK.numel()),
-        "right_in_wrong": (in_wrong_NK.sum(), in_wrong_NK.numel()),
-        "right_throughout": (in_right_NK.all(1).sum(), len(in_right_NK)),
+        "wrong_in_right": ((~of_won_NK).sum(), of_won_NK.numel()),
+        "right_in_wrong": (of_lost_NK.sum(), of_lost_NK.numel()),
+        "right_throughout": (of_won_NK.all(1).sum(), len(of_won_NK)),
         "credit_right": (fitting_NK.sum(), credit_NK.abs().sum()),
     }
     return {name: float(part) / float(of) if of else None for name, (part, of) in shares.items()}

@@ -80,10 +80,13 @@ class Config:
     group_size: int = setting(16, "answers sampled for each prompt", min=2)
     temperature: float = setting(1.0, "sampling temperature; the trainer's is the same", above=0)
     rule: Literal["symmetric", "positive", "none", "tree"] = setting(
-        "symmetric", "of credit: masked by step (two rules); none: plain GRPO; tree: no step_labels"
+        "symmetric",
+        "symmetric, positive: credit masked by step; none: plain GRPO; tree: without step_labels",
     )
     step_targets: Literal["labels", "change", "final"] = setting(
-        "labels", "a step is right at its step_label, if it changes the grade alike, at the label"
+        "labels",
+        "a step is right if: labels: it says its step_label; change: it moves the grade as its "
+        "step_label does; final: it says the pair's label",
     )
     lr: float = setting(1e-6, "peak learning rate of RL; same schedule", above=0)
     updates_per_batch: int = setting(1, "optimizer steps on each batch of answers", min=1)
@@ -150,7 +153,10 @@ def load_data(config, task, renderer):
     if config.rl_steps:
         data["train"] = task.read(folder / "train.jsonl")
         for record in data["train"]:
-            record["targets"] = step_targets(record, config, task)
+            record["targets"] = targets_of(record, config, task)
+        by_stage(data["train"], config.rl_steps)  # refuses stages that would get no step
+    if not config.rl_steps and not data:
+        raise grm.TaskError(f"--rl_steps 0: nothing to do without {folder / 'sft.jsonl'}")
     for path in sorted(folder.glob("test*.jsonl")):
         data[path.stem] = task.read(path)
     if not tests_of(data):
@@ -183,8 +189,8 @@ def load_demonstrations(path, config, task, renderer):
     return records
 
 
-def step_targets(record, config, task):
-    """The label that each step of an answer should give; [] where the rule needs none."""
+def targets_of(record, config, task):
+    """The label that each step of an answer should give; [] if none is known and none is needed."""
     if config.step_targets == "final" or len(task.boxes) == 1:
         return [record["label"]] * len(task.boxes)
     if "step_labels" not in record and config.rule not in ("none", "tree"):
@@ -223,6 +229,11 @@ def by_stage(records, steps):
         members = [record for record in records if record.get("stage", 0) == stage]
         used += len(members)
         end = round(used / len(records) * steps)
+        if end == first and steps:
+            raise grm.TaskError(
+                f"{members[0].where}: stage {stage} has {len(members)} of {len(records)} pairs, "
+                f"whose share of {steps} RL steps is less than one"
+            )
         stages.append((first, end, members))
         first = end
     return stages
@@ -575,7 +586,8 @@ def draw_curves(out):
     for test in tests:
         if test["stage"] == "sft":  # is where RL begins
             test |= {"stage": "rl", "step": 0}
-    accuracies = {name: name.replace("/accuracy", ", greedy") for name in tests[0] if "acc" in name}
+    accuracies = [name for name in tests[0] if name.endswith("/accuracy")]
+    accuracies = {name: name.replace("/accuracy", ", greedy") for name in accuracies}
     sampled = {"reward": "sampled answers (reward)", "steps_right": "their steps"}
     credit = {
         "frac_zero_std": "groups without a signal",
@@ -602,7 +614,8 @@ def draw_curves(out):
             axis.plot(x, y, label=name, marker=marker, linewidth=1.3)
         axis.set(title=title, xlabel="step", yscale="log" if stage == "sft" else "linear")
         axis.grid(alpha=0.3)
-        axis.legend()
+        if axis.lines:
+            axis.legend()
     figure.savefig(out / "curves.png", dpi=110)
     plt.close(figure)
 

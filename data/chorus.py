@@ -202,7 +202,8 @@ def demonstrate(train):
     demonstrations = []
     for record, place in zip(train, by_words, strict=True):
         query = list(dict.fromkeys(re.findall(r"\w+", record["query"].lower())))
-        has = [word for word in query if word in words(record["document"])]
+        there = words(record["document"])
+        has = [word for word in query if word in there]
         lacks = [word for word in query if word not in has]
         kind = kinds[record["document"]]
         same = record["label"] in RELEVANT
@@ -233,8 +234,9 @@ def cross(train, of_each=30):
         scores = overlap_scores(candidates, documents)
         order = sorted(range(len(candidates)), key=lambda i: -scores[i])
         nearest = order[: of_each // 2]
-        others = rng.sample(order[of_each // 2 :], of_each - len(nearest))
-        pairs += [candidates[i] for i in (*nearest, *others)]
+        others = order[of_each // 2 :]
+        drawn = rng.sample(others, min(len(others), of_each - len(nearest)))
+        pairs += [candidates[i] for i in (*nearest, *drawn)]
     return pairs
 
 
@@ -365,7 +367,7 @@ def by_thresholds(task, train_scores, train, test_scores):
 
 
 def baselines(task, encoder=None):
-    """Metrics on TASK/test.jsonl of what needs no training: {"majority": ...}, by grm.metrics.
+    """Metrics on TASK/test.jsonl of what trains no model: {"majority": ...}, by grm.metrics.
 
     majority: the most frequent label of train.jsonl for every pair. always 0: the test set's own
     most frequent label, which nobody can know; it shows how far the two sets' labels differ. idf

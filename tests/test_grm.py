@@ -393,11 +393,14 @@ def test_the_annotator_errs_as_often_as_told(tmp_path, monkeypatch, error, lowes
     assert lowest < np.mean(wrong) < highest
 
 
-@pytest.mark.parametrize("flags", [["--steps=9"], ["--steps=0"], ["--error=1.5"], ["--steps=5"], ["--error=0.5"]])
+@pytest.mark.parametrize(
+    "flags", [["--steps=9"], ["--steps=0"], ["--error=1.5"], ["--steps=5"], ["--error=0.5"], ["--format=answer-first"]]
+)
 def test_make_refuses(monkeypatch, capsys, flags):
     """Another task written over the embedded one, or numbers that make none."""
     before = (NOTES / "criteria.md").read_bytes()
-    monkeypatch.setattr("sys.argv", ["make.py", *flags])
+    monkeypatch.chdir(NOTES.parent.parent)
+    monkeypatch.setattr("sys.argv", ["make.py", *flags, "--out=data/notes"])
     with pytest.raises(SystemExit):
         runpy.run_path(str(NOTES / "make.py"), run_name="__main__")
     assert flags[0][2:7] in capsys.readouterr().err and (NOTES / "criteria.md").read_bytes() == before

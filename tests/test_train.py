@@ -288,6 +288,11 @@ REFUSED = {
     "deep settings": (break_file("train.json", lambda old: '{"lr": ' + "[" * 9999), [], r"train\.json: nested too deeply"),
     "settings in a list": (break_file("train.json", lambda old: "[1]"), [], r"train\.json: must be a JSON object"),
     "no label": (break_file("test_random.jsonl", second_line(f"{{{PAIR}}}")), [], r"test_random\.jsonl:2: 'label' is missing"),
+    "nothing to learn from": (lambda task: (task / "sft.jsonl").unlink(), ["--rl_steps=0"], "nothing to do without .*sft"),
+    "a stage without a step": (
+        break_file("train.jsonl", second_line(f'{{{PAIR}, "label": 1, "step_labels": [1, 1, 1], "stage": 7}}')), [],
+        r"train\.jsonl:2: stage 7 has 1 of 24 pairs, whose share of 4 RL steps",
+    ),
     "no tests": (lambda task: [path.unlink() for path in task.glob("test*.jsonl")], [], "no test"),
 }  # fmt: skip
 

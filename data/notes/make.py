@@ -237,7 +237,7 @@ def write_response(pair, steps):
 
 def is_longtail(pair):
     """Rare in the demonstrations: a rare topic, a rare promotion word, or two business rules that
-    bite in one pair.
+    apply to one pair.
     """
     if pair["topics"][0] in RARE_TOPICS or pair["promotion"] == RARE_PROMOTION:
         return True
@@ -412,7 +412,7 @@ def make(out, answer_format="reason-first", num_steps=3, error=None):
         "document note place season audience topic promotion : , . -1 0 1 2 3"
     )
     groups = [CATEGORIES, *CATEGORIES.values(), *CONSTRAINTS.values(), PROMOTION, FILLER]
-    groups += [TRAITS[name][0] for name in RULES if name in TRAITS and name in body.lower()]
+    groups += [words for words, _ in list(TRAITS.values())[: max(0, num_steps - 3)]]
     words = " ".join(word for group in groups for word in group)
     tokenizer = make_tokenizer([body, frame, words])
     tokenizer.save_pretrained(out / "model")
@@ -440,8 +440,9 @@ def main():
     args = parser.parse_args()
     if args.error is not None and not 0 <= args.error <= 1:
         parser.error("--error is a share, from 0 to 1")
-    if args.out == here and (args.steps != 3 or args.error is not None):
-        parser.error("--steps and --error make another task: name its folder with --out")
+    is_embedded = args.format == formats[0] and args.steps == 3 and args.error is None
+    if args.out.resolve() == here.resolve() and not is_embedded:
+        parser.error("--format, --steps and --error make another task: name its folder with --out")
     make(args.out, args.format, args.steps, args.error)
 
 
