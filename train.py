@@ -83,10 +83,10 @@ class Config:
         "symmetric",
         "symmetric, positive: credit masked by step; none: plain GRPO; tree: without step_labels",
     )
-    step_targets: Literal["labels", "change", "final"] = setting(
-        "labels",
-        "a step is right if: labels: it says its step_label; change: it moves the grade as its "
-        "step_label does; final: it says the pair's label",
+    step_targets: Literal["change", "labels", "final"] = setting(
+        "change",
+        "a step is right if: change: it moves the grade as its step_label does; labels: it says "
+        "its step_label; final: it says the pair's label",
     )
     lr: float = setting(1e-6, "peak learning rate of RL; same schedule", above=0)
     updates_per_batch: int = setting(1, "optimizer steps on each batch of answers", min=1)

@@ -7,8 +7,8 @@
 For each number of steps a task is made (`data/notes/make.py --steps`), for each seed one model
 fine-tuned on it, and from that model one RL run for each rule and size of the groups, all with the
 same number of steps and of answers. Runs that are done are not done again, so a stopped sweep goes
-on. Of all runs that are there it writes OUT/credit.md, OUT/credit.png, the differences to plain
-GRPO, and OUT/course.png, how steps and outcomes go together in the course of training.
+on. Of all runs that are there it writes OUT/credit.md, two tables, OUT/credit.png, the differences
+to plain GRPO, and OUT/course.png, how steps and outcomes go together in the course of training.
 
 A task of one step is left out: there every rule gives plain GRPO's credit, up to rounding.
 """
@@ -99,6 +99,7 @@ def read(folder):
     figures = {name: np.array([record[name] for record in records], float) for name in course}
     for name, test in tests.items():
         figures[name] = test["accuracy"]
+    figures["tests"] = np.mean([test["accuracy"] for test in tests.values()])
     by_step = [np.mean(list(test["step_accuracy"].values())) for test in tests.values()]
     figures["steps, tests"] = np.mean(by_step)
     figures["throughout"] = np.mean([test["right_throughout"] for test in tests.values()])
@@ -128,7 +129,7 @@ def steps_to_best(runs, rule, seed):
 
 
 def differences(runs, rule, name):
-    """Mean over training of a figure less plain GRPO's, for each seed that has both."""
+    """A figure, or its mean over training, less plain GRPO's, for each seed that has both."""
     seeds = [seed for seed in runs[rule] if seed in runs[PLAIN]]
     return [np.mean(runs[rule][s][name]) - np.mean(runs[PLAIN][s][name]) for s in seeds]
 
@@ -146,70 +147,76 @@ def start_and_end(values):
     return np.nanmean(values[:tenth]), np.nanmean(values[-tenth:])
 
 
-def table(out):
-    """All settings as a Markdown table; means over seeds."""
-    head = [
-        "steps",
-        "group",
-        "rule",
-        "seeds",
-        "accuracy over training",
-        "its difference to plain GRPO",
-        "test_random",
-        "test_longtail",
-        "steps right over training",
-        "its difference",
-        "steps right, tests",
-        "right throughout, tests",
-        "steps to 90 %",
-        "credit of the right sign",
-        "wrong steps in right answers, first and last tenth",
-        "right steps in wrong ones",
-    ]
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+def mean(runs, rule, name):
+    """Mean over seeds of a figure, which may be an array over training."""
+    return np.mean([np.mean(figures[name]) for figures in runs[rule].values()])
+
+
+def gain(runs, rule, name):
+    """Difference to plain GRPO, mean and 95 % interval over seeds, for a table."""
+    values = differences(runs, rule, name)
+    if rule == PLAIN or not values:
+        return "-"
+    return f"{np.mean(values):+.3f} ± {interval(values):.3f}"
+
+
+def of_answers(runs, rule):
+    """What the first table says of a rule: how right its answers are."""
+    steps = [steps_to_best(runs, rule, seed) for seed in runs[rule]]
+    return {
+        "seeds": str(len(runs[rule])),
+        "accuracy over training": f"{mean(runs, rule, 'reward'):.3f}",
+        "its difference to plain GRPO": gain(runs, rule, "reward"),
+        "test_random": f"{mean(runs, rule, 'test_random'):.3f}",
+        "test_longtail": f"{mean(runs, rule, 'test_longtail'):.3f}",
+        "difference of both": gain(runs, rule, "tests"),
+        "steps to 90 %": f"{np.nanmean(steps):.0f}",
+    }
+
+
+def of_steps(runs, rule):
+    """What the second table says of a rule: how right its answers' steps are."""
+    figures = runs[rule].values()
+    credit = [np.nanmean(f["credit_right"]) for f in figures]
+    wrong = np.mean([start_and_end(f["wrong_in_right"]) for f in figures], 0)
+    right = np.mean([start_and_end(f["right_in_wrong"]) for f in figures], 0)
+    return {
+        "right steps over training": f"{mean(runs, rule, 'steps_right'):.3f}",
+        "its difference to plain GRPO": gain(runs, rule, "steps_right"),
+        "right steps, tests": f"{mean(runs, rule, 'steps, tests'):.3f}",
+        "right throughout, tests": f"{mean(runs, rule, 'throughout'):.3f}",
+        "credit of the right sign": f"{np.mean(credit):.2f}",
+        "wrong steps in right answers": f"{wrong[0]:.3f} → {wrong[1]:.3f}",
+        "right steps in wrong answers": f"{right[0]:.2f} → {right[1]:.2f}",
+    }
+
+
+def table(out, cells_of):
+    """A line for each setting that has runs, as a Markdown table; means over seeds."""
+    lines = []
     for steps in STEPS:
         for group in GROUPS:
             runs = read_all(out, steps, group)
-            for rule, by_seed in runs.items():
-                if by_seed:
-                    row = [str(steps), str(group), rule, *cells(runs, rule)]
-                    lines.append(f"| {' | '.join(row)} |")
+            for rule in [rule for rule in RULES if runs[rule]]:
+                cells = {"steps": str(steps), "group": str(group), "rule": rule}
+                cells |= cells_of(runs, rule)
+                if not lines:
+                    lines = [f"| {' | '.join(cells)} |", "|---" * len(cells) + "|"]
+                lines.append(f"| {' | '.join(cells.values())} |")
     return "\n".join(lines) + "\n"
-
-
-def cells(runs, rule):
-    """What the table says of one rule."""
-    by_seed = runs[rule]
-    figures = list(by_seed.values())
-    of = {name: np.mean([f[name] for f in figures]) for name in ("test_random", "test_longtail")}
-    wrong, right = (
-        np.mean([start_and_end(f[name]) for f in figures], 0)
-        for name in ("wrong_in_right", "right_in_wrong")
-    )
-    row = [str(len(figures))]
-    for name in ("reward", "steps_right"):
-        row.append(f"{np.mean([f[name].mean() for f in figures]):.3f}")
-        gained = differences(runs, rule, name)
-        is_plain = rule == PLAIN or not gained
-        row.append("-" if is_plain else f"{np.mean(gained):+.3f} ± {interval(gained):.3f}")
-        if name == "reward":
-            row += [f"{of['test_random']:.3f}", f"{of['test_longtail']:.3f}"]
-    row.append(f"{np.mean([f['steps, tests'] for f in figures]):.3f}")
-    row.append(f"{np.mean([f['throughout'] for f in figures]):.3f}")
-    row.append(f"{np.nanmean([steps_to_best(runs, rule, seed) for seed in by_seed]):.0f}")
-    row.append(f"{np.mean([np.nanmean(f['credit_right']) for f in figures]):.2f}")
-    row.append(f"{wrong[0]:.3f} → {wrong[1]:.3f}")
-    row.append(f"{right[0]:.2f} → {right[1]:.2f}")
-    return row
 
 
 def draw_differences(out, path):
     """Difference to plain GRPO against the number of steps, a line a rule, 95 % intervals."""
     plt = pyplot()
     groups = [g for g in GROUPS if any(read_all(out, steps, g)[PLAIN] for steps in STEPS)]
-    titles = {"reward": "accuracy of sampled answers", "steps_right": "accuracy of their steps"}
+    titles = {
+        "reward": "right answers, over training",
+        "tests": "right answers to test pairs, at the end",
+        "steps_right": "right steps, over training",
+    }
     figure, axes = plt.subplots(
-        len(groups), 2, figsize=(11, 4.2 * len(groups)), layout="constrained", squeeze=False
+        len(groups), 3, figsize=(14, 4.2 * len(groups)), layout="constrained", squeeze=False
     )
     for row, group in zip(axes, groups, strict=True):
         runs = {steps: read_all(out, steps, group) for steps in STEPS}
@@ -223,10 +230,10 @@ def draw_differences(out, path):
                 errors = [interval(values) for values in gained.values()]
                 axis.errorbar(x, means, errors, label=rule, marker="o", markersize=4, capsize=3)
             axis.set(title=f"{title}, groups of {group}", xlabel="steps of an answer")
-            axis.set(ylabel="mean over training, less plain GRPO's", xticks=[1, *STEPS])
+            axis.set(ylabel="less plain GRPO's", xticks=[1, *STEPS])
             axis.grid(alpha=0.3)
-    axes[0, 0].legend(fontsize="small")
-    figure.savefig(path, dpi=110)
+    axes[0, 0].legend(fontsize="small", loc="lower left")
+    figure.savefig(path, dpi=100)
 
 
 def draw_course(out, path):
@@ -247,8 +254,8 @@ def draw_course(out, path):
             for rule, by_seed in runs.items():
                 curves = [smooth(figures[name]) for figures in by_seed.values()]
                 if curves:
-                    mean = np.mean(curves, 0)
-                    axis.plot(np.arange(len(mean)) + WINDOW, mean, label=rule, linewidth=1.3)
+                    means = np.mean(curves, 0)
+                    axis.plot(np.arange(len(means)) + WINDOW, means, label=rule, linewidth=1.3)
             axis.set(title=f"{steps} steps: {title}", xlabel="RL step")
             axis.grid(alpha=0.3)
     axes[0, 0].legend(fontsize="small")
@@ -287,7 +294,7 @@ def main():
     pool.shutdown(cancel_futures=True)
     for job in done:
         job.result()  # raises what it raised
-    text = table(args.out)
+    text = f"{table(args.out, of_answers)}\n{table(args.out, of_steps)}"
     (args.out / "credit.md").write_text(text)
     draw_differences(args.out, args.out / "credit.png")
     draw_course(args.out, args.out / "course.png")
