@@ -225,7 +225,7 @@ def draw_differences(out, path):
             for i, rule in enumerate(list(RULES)[1:]):
                 gained = {steps: differences(runs[steps], rule, name) for steps in STEPS}
                 gained = {1: [0.0, 0.0]} | {steps: x for steps, x in gained.items() if x}
-                x = np.array(list(gained)) + 0.06 * (i - 2)
+                x = np.array(list(gained)) + 0.12 * (i - 2)
                 means = [np.mean(values) for values in gained.values()]
                 errors = [interval(values) for values in gained.values()]
                 axis.errorbar(x, means, errors, label=rule, marker="o", markersize=4, capsize=3)

@@ -266,7 +266,7 @@ CASES = [
     *(("rl", REINFORCED, change) for change in [{}, *({name: value} for name, value in REINFORCED_OTHERWISE.items())]),
     ("rl", REINFORCED, {"rule": "none", "max_tokens": 300}),
     ("rl", REINFORCED, {"rule": "tree"}),
-    ("rl", REINFORCED, {"step_targets": "change"}),
+    ("rl", REINFORCED, {"step_targets": "labels"}),
     *(("sft", TUNED, change) for change in [{}, *({name: value} for name, value in TUNED_OTHERWISE.items())]),
     *(("distill", DISTILLED, change) for change in [{}, *({name: value} for name, value in DISTILLED_OTHERWISE.items())]),
 ]
