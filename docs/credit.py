@@ -8,7 +8,8 @@ For each number of steps a task is made (`data/notes/make.py --steps`), for each
 fine-tuned on it, and from that model one RL run for each rule and size of the groups, all with the
 same number of steps and of answers. Runs that are done are not done again, so a stopped sweep goes
 on. Of all runs that are there it writes OUT/credit.md, two tables, OUT/credit.png, the differences
-to plain GRPO, and OUT/course.png, how steps and outcomes go together in the course of training.
+to plain GRPO, and, of the seeds that all rules have, OUT/course.png, how steps and outcomes go
+together over training.
 
 A task of one step is left out: there every rule gives plain GRPO's credit, up to rounding.
 """
@@ -37,6 +38,7 @@ RULES = {  # the first is the one that the others are compared with
     "positive, labels": ["--rule", "positive", "--step_targets", "labels"],
 }
 PLAIN = "plain GRPO"
+COLORS = dict(zip(RULES, ("black", "C0", "C1", "C2", "C3", "C4"), strict=True))
 WINDOW = 10  # steps of a moving mean
 # Of Student's t, for the 95 % intervals of means of 2 to 10 values.
 STUDENT_T = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]
@@ -117,8 +119,9 @@ def read_all(out, steps, group):
 
 
 def smooth(values):
-    """Moving means over WINDOW steps."""
-    return np.convolve(values, np.ones(WINDOW) / WINDOW, "valid")
+    """Moving means over WINDOW steps, of the values that are there."""
+    sums = np.convolve(np.nan_to_num(values), np.ones(WINDOW), "valid")
+    return sums / np.convolve(~np.isnan(values), np.ones(WINDOW), "valid")
 
 
 def steps_to_best(runs, rule, seed):
@@ -221,18 +224,19 @@ def draw_differences(out, path):
     for row, group in zip(axes, groups, strict=True):
         runs = {steps: read_all(out, steps, group) for steps in STEPS}
         for axis, (name, title) in zip(row, titles.items(), strict=True):
-            axis.axhline(0, color="black", linewidth=1, label=PLAIN)
+            axis.axhline(0, color=COLORS[PLAIN], linewidth=1, label=PLAIN)
             for i, rule in enumerate(list(RULES)[1:]):
                 gained = {steps: differences(runs[steps], rule, name) for steps in STEPS}
                 gained = {1: [0.0, 0.0]} | {steps: x for steps, x in gained.items() if x}
                 x = np.array(list(gained)) + 0.12 * (i - 2)
                 means = [np.mean(values) for values in gained.values()]
                 errors = [interval(values) for values in gained.values()]
-                axis.errorbar(x, means, errors, label=rule, marker="o", markersize=4, capsize=3)
+                style = {"marker": "o", "markersize": 4, "capsize": 3, "color": COLORS[rule]}
+                axis.errorbar(x, means, errors, label=rule, **style)
             axis.set(title=f"{title}, groups of {group}", xlabel="steps of an answer")
             axis.set(ylabel="less plain GRPO's", xticks=[1, *STEPS])
             axis.grid(alpha=0.3)
-    axes[0, 0].legend(fontsize="small", loc="lower left")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
     figure.savefig(path, dpi=100)
 
 
@@ -242,24 +246,24 @@ def draw_course(out, path):
     panels = {
         "reward": "right answers",
         "steps_right": "right steps",
-        "right_in_wrong": "right steps among those of wrong answers",
-        "wrong_in_right": "wrong steps among those of right answers",
+        "right_in_wrong": "right steps in wrong answers",
+        "wrong_in_right": "wrong steps in right answers",
     }
     figure, axes = plt.subplots(
         len(STEPS), len(panels), figsize=(15, 3.6 * len(STEPS)), layout="constrained"
     )
     for row, steps in zip(axes, STEPS, strict=True):
         runs = read_all(out, steps, GROUPS[0])
+        seeds = set.intersection(*(set(by_seed) for by_seed in runs.values()))
         for axis, (name, title) in zip(row, panels.items(), strict=True):
-            for rule, by_seed in runs.items():
-                curves = [smooth(figures[name]) for figures in by_seed.values()]
-                if curves:
-                    means = np.mean(curves, 0)
-                    axis.plot(np.arange(len(means)) + WINDOW, means, label=rule, linewidth=1.3)
+            for rule, by_seed in runs.items() if seeds else ():
+                means = np.mean([smooth(by_seed[seed][name]) for seed in seeds], 0)
+                x = np.arange(len(means)) + WINDOW
+                axis.plot(x, means, label=rule, color=COLORS[rule], linewidth=1.3)
             axis.set(title=f"{steps} steps: {title}", xlabel="RL step")
             axis.grid(alpha=0.3)
-    axes[0, 0].legend(fontsize="small")
-    figure.savefig(path, dpi=90)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
+    figure.savefig(path, dpi=80)
 
 
 def pyplot():

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import NOTES, ROOT
@@ -391,3 +392,42 @@ def test_answer_first_notes_train(tmp_path, monkeypatch):
     assert "contradicted" in summary["rl"]["test_random"]
     record = grm.Task.load(tmp_path / "task").read(tmp_path / "task" / "train.jsonl")[0]
     assert record["step_labels"][0] == record["step_labels"][-1] == record["label"]
+
+
+def test_the_sweep_of_credit_rules_reads_its_runs(tmp_path, monkeypatch, capsys):
+    """Differences between runs of different seeds, a figure missing in a step taken for 0, a run that is done made again."""
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    import credit
+
+    for seed in range(3):
+        for r, rule in enumerate(credit.RULES):
+            folder = credit.folder_of(tmp_path, 5, seed, 8, rule)
+            folder.mkdir(parents=True)
+            reward = 0.5 + 0.1 * seed + (0.01 * (seed + 1) if rule == "tree" else 0)
+            figures = {"stage": "rl", "steps_right": 0.5, "wrong_in_right": 0.25, "right_in_wrong": 0.75, "credit_right": 0.6}
+            records = [figures | {"reward": min(reward, 0.1 * (step + 1))} for step in range(20)]
+            records[0] = records[0] | dict.fromkeys(("wrong_in_right", "credit_right"))
+            write(folder / "metrics.jsonl", [{"stage": "sft"}, *records])
+            test = {"accuracy": 0.5 + 0.01 * r, "step_accuracy": {"a": 0.2, "b": 0.4}, "right_throughout": 0.9}
+            tests = {"test_random": test, "test_longtail": test}
+            (folder / "summary.json").write_text(json.dumps({"start": {}, "rl": tests}))
+    monkeypatch.setattr(sys, "argv", ["credit.py", f"--out={tmp_path}", "--seeds"])
+    monkeypatch.setattr(credit.subprocess, "run", lambda *args, **settings: pytest.fail("nothing is left to run"))
+    credit.main()
+    rows = {}
+    for line in capsys.readouterr().out.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        rows.setdefault(cells[2] if len(cells) > 2 else "", []).append(cells)
+    answers, steps = rows["tree"]
+    # 0.01, 0.02 and 0.03, less what the ramp at the start takes of them.
+    means = [np.mean([min(0.5 + 0.1 * s + d, 0.1 * (i + 1)) for i in range(20)]) for s in range(3) for d in (0, 0.01 * (s + 1))]
+    gained = np.subtract(means[1::2], means[::2])
+    half = 4.303 * gained.std(ddof=1) / 3**0.5
+    assert answers[:3] == ["5", "8", "tree"] and answers[5] == f"{gained.mean():+.3f} ± {half:.3f}"
+    assert answers[6:9] == ["0.530", "0.530", "+0.030 ± 0.000"]
+    assert steps[3:6] == ["0.500", "+0.000 ± 0.000", "0.300"] and steps[7:] == ["0.60", "0.250 → 0.250", "0.75 → 0.75"]
+    assert rows["plain GRPO"][0][5] == "-"
+    assert all((tmp_path / name).stat().st_size > 10000 for name in ("credit.png", "course.png"))
+    folder = credit.folder_of(tmp_path, 5, 0, 8, "tree")
+    credit.run(folder, 1)
+    assert not (folder.parent / f"{folder.name}.log").exists()
