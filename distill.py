@@ -829,8 +829,8 @@ def set_budgets(config, model, device, dtype, numbers):
 
     numbers: of dtype, held for each of the model's parameters.
     """
-    held = sum(p.numel() for p in model.parameters()) * numbers * dtype.itemsize
-    budgets = rollout.token_budgets(model.config, device, held, dtype.itemsize)
+    size = dtype.itemsize
+    budgets = rollout.token_budgets(model, device, numbers * size, size)
     config.max_tokens = config.max_tokens or budgets[0]
     config.cache_tokens = config.cache_tokens or budgets[1]
 

@@ -1017,8 +1017,7 @@ def load_judge(model, task, max_new_tokens=None):
     context = model.config.max_position_embeddings
     renderer = Renderer(task, tokenizer, context, max_new_tokens)
     rollout.use_tree_attention(model)
-    held = sum(p.numel() for p in model.parameters()) * dtype.itemsize
-    budgets = rollout.token_budgets(model.config, model.device, held, dtype.itemsize)
+    budgets = rollout.token_budgets(model, model.device, dtype.itemsize, dtype.itemsize)
     ids = (renderer.eos_id, renderer.label_ids)
     return renderer, rollout.Engine(model, *ids, max_new_tokens, *budgets)
 

@@ -575,15 +575,20 @@ def micro_batches(prompts, answers, max_tokens):
     return [*pairs, (slice(start, len(prompts)), slice(first_token, token))]
 
 
-def token_budgets(config, device, held, size, checkpointing=False):
+MAX_TOKENS = 2**15  # of a training pass, where the memory has room for them
+CACHE_TOKENS = 2**17  # of the cache in `sample`, likewise
+
+
+def token_budgets(model, device, held, size, checkpointing=False):
     """[tokens of a training pass, tokens of the cache in `sample`] that a device has room for.
 
-    config: the model's. held: bytes of weights, gradients and moments on this rank. size: bytes of
+    held: bytes that this rank keeps for each parameter: weights, gradients, moments. size: bytes of
     a number in the computation. checkpointing: only the inputs of layers are kept for backward.
     An estimate: a training token keeps in each layer 6 states, 4 of the MLP's width, and 4 times
     queries and keys (docs/plan.py counts them). A quarter of the memory stays free, and of the rest
-    the cache gets a quarter. At most 2^15 and 2^17 tokens, and the same on each start.
+    the cache gets a quarter. At most MAX_TOKENS and CACHE_TOKENS, and the same on each start.
     """
+    config = model.config
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     keys = head_dim * (getattr(config, "num_key_value_heads", None) or heads)
@@ -591,9 +596,10 @@ def token_budgets(config, device, held, size, checkpointing=False):
     kept = 6 * config.hidden_size + 4 * inner + 4 * (head_dim * heads + keys)
     if checkpointing:
         kept = config.hidden_size + kept / config.num_hidden_layers
-    room = (0.75 * device_memory(device) - held) / size / config.num_hidden_layers
+    room = 0.75 * device_memory(device) - held * sum(p.numel() for p in model.parameters())
+    numbers = room / size / config.num_hidden_layers
     budgets = []
-    for tokens, most in ((room / kept, 2**15), (room / 4 / (2 * keys), 2**17)):
+    for tokens, most in ((numbers / kept, MAX_TOKENS), (numbers / 4 / (2 * keys), CACHE_TOKENS)):
         budgets.append(min(most, max(2**10, int(tokens) // 2**10 * 2**10)))
     return budgets
 
@@ -1030,7 +1036,7 @@ def sample(
     step=0,
     first_row=0,
     label_ids=None,
-    cache_tokens=2**17,
+    cache_tokens=CACHE_TOKENS,
     cuda_graphs=True,
 ):
     """Sample `group_size` answers to each prompt (lists of token ids); returns a Rollout.
@@ -1101,7 +1107,13 @@ class Engine:
     """
 
     def __init__(
-        self, model, eos_id, label_ids, max_new_tokens, max_tokens=2**15, cache_tokens=2**17
+        self,
+        model,
+        eos_id,
+        label_ids,
+        max_new_tokens,
+        max_tokens=MAX_TOKENS,
+        cache_tokens=CACHE_TOKENS,
     ):
         self.model = model
         self.eos_id = eos_id

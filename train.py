@@ -245,12 +245,11 @@ def by_stage(records, steps):
 def set_budgets(config, skeleton, bf16, ranks):
     """Put what the memory has room for in the place of budgets that are 0."""
     size = 2 if bf16 else 4
-    count = sum(p.numel() for p in skeleton.parameters())
-    held = (20 if config.kl_coef else 16) * count / ranks.world  # weights, gradients, moments
+    held = (20 if config.kl_coef else 16) / ranks.world  # weights, gradients, moments
     if bf16 or ranks.world > 1:
-        held += size * count  # the sampling model
+        held += size  # the sampling model
     budgets = rollout.token_budgets(
-        skeleton.config, ranks.device, held, size, config.activation_checkpointing
+        skeleton, ranks.device, held, size, config.activation_checkpointing
     )
     config.max_tokens = config.max_tokens or budgets[0]
     config.cache_tokens = config.cache_tokens or budgets[1]

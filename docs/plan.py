@@ -75,8 +75,8 @@ def memory_plan(
     model,
     *,
     ranks=1,
-    max_tokens=2**15,
-    cache_tokens=2**17,
+    max_tokens=rollout.MAX_TOKENS,
+    cache_tokens=rollout.CACHE_TOKENS,
     activation_checkpointing=False,
     kl=False,
     bf16=True,
@@ -180,9 +180,9 @@ def parse_args():
         "--gpu_gb", type=float, default=80, help="memory of a GPU, in GB of 10^9 bytes (default 80)"
     )
     parser.add_argument(
-        "--max_tokens", type=int, default=2**15, help="as of train.py, like the next"
+        "--max_tokens", type=int, default=rollout.MAX_TOKENS, help="as of train.py, like the next"
     )
-    parser.add_argument("--cache_tokens", type=int, default=2**17)
+    parser.add_argument("--cache_tokens", type=int, default=rollout.CACHE_TOKENS)
     parser.add_argument("--activation_checkpointing", action="store_true")
     parser.add_argument("--kl", action="store_true", help="with --kl_coef: a reference model")
     args = parser.parse_args()

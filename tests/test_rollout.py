@@ -254,15 +254,15 @@ def test_budgets_are_near_what_is_counted(monkeypatch, architecture, bf16):
         model = make_model(architecture, **wide)
     counted = plan.bytes_per_token(model, bf16)
     monkeypatch.setattr(rollout, "device_memory", lambda device: 4000 * counted / 0.75)
-    of_pass, _ = rollout.token_budgets(model.config, torch.device("cpu"), 0, size)
+    of_pass, _ = rollout.token_budgets(model, torch.device("cpu"), 0, size)
     assert 0.6 * 4000 < of_pass + 512 < 1.5 * 4000
     token = 3 * 2 * 2 * 16 * size  # layers, keys and values, heads, width
     monkeypatch.setattr(rollout, "device_memory", lambda device: 4 * 20.5 * 2**10 * token / 0.75)
-    assert rollout.token_budgets(model.config, torch.device("cpu"), 0, size)[1] == 20 * 2**10
+    assert rollout.token_budgets(model, torch.device("cpu"), 0, size)[1] == 20 * 2**10
     half = 0.5 * 4 * 20.5 * 2**10 * token  # is taken by weights
-    assert rollout.token_budgets(model.config, torch.device("cpu"), half, size)[1] == 10 * 2**10
-    assert rollout.token_budgets(model.config, torch.device("cpu"), 1e12, size) == [2**10, 2**10]
-    checkpointed, _ = rollout.token_budgets(model.config, torch.device("cpu"), 0, size, True)
+    assert rollout.token_budgets(model, torch.device("cpu"), half / plan.count(model), size)[1] == 10 * 2**10
+    assert rollout.token_budgets(model, torch.device("cpu"), 1e12, size) == [2**10, 2**10]
+    checkpointed, _ = rollout.token_budgets(model, torch.device("cpu"), 0, size, True)
     assert checkpointed > of_pass
 
 
