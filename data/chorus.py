@@ -197,17 +197,16 @@ def demonstrate(train):
     documents = sorted({record["document"] for record in train})
     kinds = find_kinds(documents)
     scores = overlap_scores(train, documents)
-    gold = [LABELS.index(record["label"]) for record in train]
-    by_words = np.searchsorted(fit_thresholds(scores, gold, len(LABELS)), scores, side="right")
+    by_words = by_thresholds(LABELS, scores, train, scores)
     demonstrations = []
-    for record, place in zip(train, by_words, strict=True):
+    for record, guess in zip(train, by_words, strict=True):
         query = list(dict.fromkeys(re.findall(r"\w+", record["query"].lower())))
         there = words(record["document"])
         has = [word for word in query if word in there]
         lacks = [word for word in query if word not in has]
         kind = kinds[record["document"]]
         same = record["label"] in RELEVANT
-        labels = [LABELS[place], "3" if same else "0", record["label"]]
+        labels = [guess["label"], "3" if same else "0", record["label"]]
         texts = [
             f"words: has {' '.join(has) or 'none'}, lacks {' '.join(lacks) or 'none'}",
             f"kind: {record['query']}, {kind}, {'same' if same else 'another'}",
@@ -354,16 +353,16 @@ def cosine_scores(records, encoder):
     return [float(vectors[r["query"]] @ vectors[r["document"]]) for r in records]
 
 
-def by_thresholds(task, train_scores, train, test_scores):
+def by_thresholds(labels, train_scores, train, test_scores):
     """Predictions of scores alone: they order the documents, and thresholds make them labels.
 
     The thresholds are those with the highest accuracy on the training pairs.
     """
-    gold = [task.labels.index(record["label"]) for record in train]
-    thresholds = fit_thresholds(train_scores, gold, len(task.labels))
+    gold = [labels.index(record["label"]) for record in train]
+    thresholds = fit_thresholds(train_scores, gold, len(labels))
     places = np.searchsorted(thresholds, test_scores, side="right")
     pairs = zip(places, test_scores, strict=True)
-    return [{"label": task.labels[place], "grade": score} for place, score in pairs]
+    return [{"label": labels[place], "grade": score} for place, score in pairs]
 
 
 def baselines(task, encoder=None):
@@ -381,13 +380,13 @@ def baselines(task, encoder=None):
         "majority": [{"label": common, "grade": 0.0}] * len(test),
         "always 0": [{"label": "0", "grade": 0.0}] * len(test),
         "idf overlap": by_thresholds(
-            task, overlap_scores(train, documents), train, overlap_scores(test, documents)
+            task.labels, overlap_scores(train, documents), train, overlap_scores(test, documents)
         ),
     }
     if encoder:
         scores = cosine_scores([*train, *test], encoder)
         of_train, of_test = scores[: len(train)], scores[len(train) :]
-        predictions["cosine"] = by_thresholds(task, of_train, train, of_test)
+        predictions["cosine"] = by_thresholds(task.labels, of_train, train, of_test)
     return {name: grm.metrics(task, test, rows) for name, rows in predictions.items()}
 
 
