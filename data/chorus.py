@@ -192,21 +192,30 @@ def find_kinds(documents):
     return kinds
 
 
+def label_steps(records, train):
+    """The step labels of labelled records: the grade by words alone, the kind, the label.
+
+    The grade by words: idf overlap, with the thresholds that suit the training pairs best.
+    """
+    documents = sorted({record["document"] for record in train})
+    of_train = overlap_scores(train, documents)
+    by_words = by_thresholds(LABELS, of_train, train, overlap_scores(records, documents))
+    kinds = ["3" if record["label"] in RELEVANT else "0" for record in records]
+    triples = zip(by_words, kinds, records, strict=True)
+    return [[guess["label"], kind, record["label"]] for guess, kind, record in triples]
+
+
 def demonstrate(train):
     """The training records with `response` and `step_labels`: reasoning in three steps, by rule."""
-    documents = sorted({record["document"] for record in train})
-    kinds = find_kinds(documents)
-    scores = overlap_scores(train, documents)
-    by_words = by_thresholds(LABELS, scores, train, scores)
+    kinds = find_kinds(sorted({record["document"] for record in train}))
     demonstrations = []
-    for record, guess in zip(train, by_words, strict=True):
+    for record, labels in zip(train, label_steps(train, train), strict=True):
         query = list(dict.fromkeys(re.findall(r"\w+", record["query"].lower())))
         there = words(record["document"])
         has = [word for word in query if word in there]
         lacks = [word for word in query if word not in has]
         kind = kinds[record["document"]]
         same = record["label"] in RELEVANT
-        labels = [guess["label"], "3" if same else "0", record["label"]]
         texts = [
             f"words: has {' '.join(has) or 'none'}, lacks {' '.join(lacks) or 'none'}",
             f"kind: {record['query']}, {kind}, {'same' if same else 'another'}",
@@ -332,15 +341,16 @@ def fit_thresholds(scores, gold, classes):
     return edges[list(paths[int(best.argmax())])]
 
 
-def cosine_scores(records, encoder):
-    """Each record's cosine between query and document, by an encoder's mean token states.
+def load_encoder(source):
+    """(tokenizer, model) of a folder or hub name, as of the sentence-transformers."""
+    with grm.blaming(source):
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        return tokenizer, AutoModel.from_pretrained(source, use_safetensors=True).eval()
 
-    encoder: a folder or hub name, as of the sentence-transformers.
-    """
+
+def cosine_scores(records, tokenizer, model):
+    """Each record's cosine between query and document, by an encoder's mean token states."""
     texts = sorted({record[name] for record in records for name in ("query", "document")})
-    with grm.blaming(encoder):
-        tokenizer = AutoTokenizer.from_pretrained(encoder)
-        model = AutoModel.from_pretrained(encoder, use_safetensors=True).eval()
     vectors = {}
     for start in range(0, len(texts), 64):
         part = texts[start : start + 64]
@@ -384,7 +394,7 @@ def baselines(task, encoder=None):
         ),
     }
     if encoder:
-        scores = cosine_scores([*train, *test], encoder)
+        scores = cosine_scores([*train, *test], *load_encoder(encoder))
         of_train, of_test = scores[: len(train)], scores[len(train) :]
         predictions["cosine"] = by_thresholds(task.labels, of_train, train, of_test)
     return {name: grm.metrics(task, test, rows) for name, rows in predictions.items()}

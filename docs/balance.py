@@ -10,11 +10,10 @@ are done are not done again, so a stopped sweep goes on. Writes OUT/balance.md a
 import argparse
 import json
 import os
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from credit import ROOT, pyplot, run
+from credit import ROOT, pyplot, run, run_all
 
 # The first setting is the one that the others are compared with.
 SETTINGS = {f"sft_coef {value}": ["--sft_coef", value] for value in (0, 0.01, 0.1, 1)}
@@ -35,7 +34,6 @@ def folder_of(name):
 def one_seed(out, seed, threads, flags):
     """SFT, then RL under each setting from the same fine-tuned model."""
     base = out / f"seed{seed}"
-    base.mkdir(parents=True, exist_ok=True)
     task = ["--task", ROOT / "data/notes", "--seed", seed]
     run(base / "sft", threads, *task, "--rl_steps", 0)
     start = ["--model", base / "sft" / "sft", "--sft_steps", 0, "--eval_every", 0]
@@ -123,8 +121,7 @@ def main():
     parser.add_argument("--jobs", type=int, default=2, help="seeds trained at a time")
     args, flags = parser.parse_known_args()
     threads = max(1, (os.cpu_count() or 1) // args.jobs)
-    with ThreadPoolExecutor(args.jobs) as pool:
-        list(pool.map(lambda seed: one_seed(args.out, seed, threads, flags), args.seeds))
+    run_all(args.jobs, [(one_seed, args.out, seed, threads, flags) for seed in args.seeds])
     results = read(args.out, args.seeds)
     lines = table(results, next(iter(SETTINGS)))
     (args.out / "balance.md").write_text(lines)

@@ -47,16 +47,27 @@ STUDENT_T = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]
 # The runs -----------------------------------------------------------------------------------------
 
 
-def run(out, threads, *flags):
+def run(out, threads, *flags, script="train.py"):
     """One training run into `out`, unless it is done; its output goes to out.log."""
     if (out / "summary.json").exists():
         return
-    command = list(map(str, [sys.executable, ROOT / "train.py", "--out", out, *flags]))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    command = list(map(str, [sys.executable, ROOT / script, "--out", out, *flags]))
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     with open(f"{out}.log", "w") as log:
         code = subprocess.run(command, stdout=log, stderr=log, env=environment).returncode
     if code:
         sys.exit(f"{out}: failed, see {out}.log")
+
+
+def run_all(jobs, calls):
+    """Make calls, (function, argument, ...), so many at a time; after a failure none begins."""
+    pool = ThreadPoolExecutor(jobs)
+    futures = [pool.submit(*call) for call in calls]
+    done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+    pool.shutdown(cancel_futures=True)
+    for future in done:
+        future.result()  # raises what it raised
 
 
 def make_task(out, steps):
@@ -76,7 +87,6 @@ def folder_of(out, steps, seed, group, rule):
 def train(out, task, steps, seed, groups, threads):
     """SFT, then RL under each rule and size of the groups from the same fine-tuned model."""
     tuned = out / f"{steps}-steps" / f"seed{seed}" / "sft"
-    tuned.parent.mkdir(parents=True, exist_ok=True)
     run(tuned, threads, "--task", task, "--seed", seed, "--rl_steps", 0)
     start = ["--task", task, "--seed", seed, "--model", tuned / "sft", "--sft_steps", 0]
     length = ["--rl_steps", RL_STEPS, "--eval_every", 0]
@@ -288,16 +298,12 @@ def main():
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     args = parser.parse_args()
     threads = max(1, (os.cpu_count() or 1) // args.jobs)
-    pool = ThreadPoolExecutor(args.jobs)
-    jobs = []
+    calls = []
     for seed in args.seeds:
         for steps in args.steps:
             task = make_task(args.out, steps)
-            jobs.append(pool.submit(train, args.out, task, steps, seed, args.groups, threads))
-    done, _ = wait(jobs, return_when=FIRST_EXCEPTION)
-    pool.shutdown(cancel_futures=True)
-    for job in done:
-        job.result()  # raises what it raised
+            calls.append((train, args.out, task, steps, seed, args.groups, threads))
+    run_all(args.jobs, calls)
     text = f"{table(args.out, of_answers)}\n{table(args.out, of_steps)}"
     (args.out / "credit.md").write_text(text)
     draw_differences(args.out, args.out / "credit.png")

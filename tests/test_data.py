@@ -173,11 +173,11 @@ def test_cosine_of_an_encoder(source, tmp_path):
     encoder = BertModel(BertConfig(vocab_size=len(tokenizer), initializer_range=0.5, **shape)).eval()
     encoder.save_pretrained(tmp_path / "encoder")
     records = task.read(tmp_path / "task" / "test.jsonl")
-    got = chorus.cosine_scores(records, str(tmp_path / "encoder"))
+    got = chorus.cosine_scores(records, *chorus.load_encoder(str(tmp_path / "encoder")))
     for record, cosine in zip(records, got, strict=True):
         ids = [torch.tensor([tokenizer(record[name]).input_ids]) for name in ("query", "document")]
         query, document = (encoder(x).last_hidden_state[0].mean(0) for x in ids)
         assert cosine == pytest.approx(torch.cosine_similarity(query, document, dim=0).item(), abs=1e-5)
     assert "cosine" in chorus.baselines(task, str(tmp_path / "encoder"))
     with pytest.raises(grm.TaskError, match="nowhere"):
-        chorus.cosine_scores(records, str(tmp_path / "nowhere"))
+        chorus.load_encoder(str(tmp_path / "nowhere"))

@@ -1,0 +1,337 @@
+"""A real model on real pairs: SmolLM2 (135 M) and MiniLM (22.7 M) on the chorus pairs, in a table.
+
+    python data/pretrained.py models
+    python docs/real.py PATH_TO_CHORUS --models models --out runs/real     # hours on 2 cores
+    python docs/real.py PATH_TO_CHORUS --models models --out runs/real --choose    # the settings
+    python docs/real.py PATH_TO_CHORUS --models models --out runs/real --seeds     # only the tables
+
+For each seed and each of the two forms of the task (`data/chorus.py make`) the model is fine-tuned,
+and from there reinforced under each rule of credit; then MiniLM learns from the gold labels alone
+and from the best of these teachers. Runs that are done are not done again, so a stopped one goes
+on. Writes OUT/real.md, and what the best reasoning model says of three test pairs to
+OUT/samples.md.
+
+`--choose` is what the settings below were chosen by: the same with a fifth of the training queries
+held out in place of the test queries, which no choice has seen.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from credit import ROOT, run, run_all
+
+# Python puts only this script's own folder on the path.
+sys.path.extend([str(ROOT), str(ROOT / "data")])
+import chorus
+
+import grm
+import rollout
+import sam
+import train
+
+FORMS = ("label", "reason")
+BUDGETS = ["--max_tokens", 4096, "--cache_tokens", 16384]  # so that two runs fit beside each other
+RULES = {
+    "label": {"plain GRPO": ["--rule", "none"]},
+    "reason": {
+        "plain GRPO": ["--rule", "none"],
+        "symmetric, labels": ["--rule", "symmetric", "--step_targets", "labels"],
+        "symmetric, final": ["--rule", "symmetric", "--step_targets", "final"],
+        "tree": ["--rule", "tree"],
+    },
+}
+RL = {"label": [], "reason": ["--prompts_per_step", 16]}  # besides the task's train.json
+TEACHER = ("label", "plain GRPO")
+STUDENTS = {
+    "MiniLM, gold labels": ["--loss", "gold", "--pairs", "train.jsonl"],
+    "MiniLM, teacher": ["--pairs", "train.jsonl"],
+    "MiniLM, teacher, unlabelled pairs too": ["--pairs", "train.jsonl,unlabelled.jsonl"],
+}
+
+# What `--choose` tries, with seed 0 on held-out training queries, and what was chosen.
+SFT_CHOICES = {
+    f"lr {lr:g}, {steps} steps": ["--sft_lr", lr, "--sft_steps", steps]
+    for lr, steps in ((2e-5, 78), (5e-5, 39), (5e-5, 78), (1e-4, 78))
+}
+RL_CHOICES = {f"lr {lr:g}": ["--lr", lr] for lr in (2e-6, 5e-6, 1e-5)}
+STUDENT_CHOICES = {
+    f"lr {lr:g}, {steps} steps": ["--lr", lr, "--steps", steps]
+    for lr, steps in ((2e-5, 156), (5e-5, 78), (5e-5, 156), (5e-5, 312), (1e-4, 156))
+}
+CHOSEN = {"sft": "lr 5e-05, 78 steps", "rl": "lr 5e-06", "student": "lr 5e-05, 156 steps"}
+
+COLUMNS = {
+    "accuracy": "accuracy",
+    "macro-F1": "macro_f1",
+    "kappa": "kappa",
+    "nDCG@10": "ndcg@10",
+    "calibration error": "ece",
+    "malformed": "malformed",
+}
+HEAD = f"| | seeds | {' | '.join(COLUMNS)} | ms |\n{'|---' * (len(COLUMNS) + 3)}|"
+
+
+# The runs -----------------------------------------------------------------------------------------
+
+
+def make_tasks(source, out, smollm2):
+    """{form: folder} of the task in both forms, made if it is not there."""
+    tasks = {form: out / f"task-{form}" for form in FORMS}
+    for form, task in tasks.items():
+        if not (task / "train.json").exists():  # is written last
+            chorus.make(source, task, str(smollm2), form)
+    return tasks
+
+
+def hold_out(source, folder):
+    """A source whose test queries are every fifth of the training queries."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = (source / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    queries = [json.loads(line)["query_id"] for line in lines]
+    held_out = set(list(dict.fromkeys(queries))[::5])
+    for name, wanted in (("train.jsonl", False), ("test.jsonl", True)):
+        part = [x for x, query in zip(lines, queries, strict=True) if (query in held_out) == wanted]
+        (folder / name).write_text("".join(part), encoding="utf-8")
+    for name in ("README.md", "LICENSE"):
+        shutil.copyfile(source / name, folder / name)
+    return folder
+
+
+def zero_shot(out, task, smollm2, threads):
+    """Metrics of the model as it was published, which `grm.py score` prints, into a file."""
+    path = out / f"zero-shot-{task.name}.json"
+    if not path.exists():
+        graded = out / f"zero-shot-{task.name}.jsonl"
+        length = json.loads((task / "train.json").read_text())["max_new_tokens"]
+        command = [sys.executable, ROOT / "grm.py", "score", "--model", smollm2, "--task", task]
+        command += ["--pairs", task / "test.jsonl", "--out", graded, "--max_new_tokens", length]
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        done = subprocess.run(
+            list(map(str, command)), env=environment, stdout=subprocess.PIPE, text=True
+        )
+        if done.returncode:
+            sys.exit(f"{graded}: failed")
+        printed = done.stdout.splitlines()
+        path.write_text("\n".join(printed[printed.index("{") :]))
+
+
+def folder_of(out, form, seed, name):
+    """The folder of one run."""
+    return out / form / f"seed{seed}" / name.replace(", ", "-").replace(" ", "-")
+
+
+def fine_tune(out, tasks, smollm2, form, seed, threads):
+    """SFT, then RL under each rule from the same fine-tuned model."""
+    tuned = folder_of(out, form, seed, "SFT")
+    base = ["--task", tasks[form], "--seed", seed, *BUDGETS]
+    flags = SFT_CHOICES[CHOSEN["sft"]]
+    run(tuned, threads, *base, "--model", smollm2, "--rl_steps", 0, *flags)
+    flags = [*RL[form], *RL_CHOICES[CHOSEN["rl"]]]
+    for rule, rule_flags in RULES[form].items():
+        folder = folder_of(out, form, seed, rule)
+        start = ["--model", tuned / "sft", "--sft_steps", 0]
+        run(folder, threads, *base, *start, *flags, *rule_flags)
+
+
+def distil(out, tasks, minilm, seed, threads):
+    """The students of a seed, from the teacher of the same seed."""
+    form, rule = TEACHER
+    teacher = folder_of(out, form, seed, rule) / "model"
+    base = ["--task", tasks[form], "--teacher", teacher, "--student", minilm, "--seed", seed]
+    base += [*BUDGETS, "--samples", 1, *STUDENT_CHOICES[CHOSEN["student"]]]
+    for name, flags in STUDENTS.items():
+        folder = folder_of(out, "student", seed, name)
+        cache = ["--cache", f"{folder}-labels"]  # the pairs differ
+        run(folder, threads, *base, *cache, *flags, script="distill.py")
+
+
+def choose(out, tasks, models, form, threads):
+    """Run all that the settings of a form are chosen from, with seed 0."""
+    base = ["--task", tasks[form], *BUDGETS]
+    for name, flags in SFT_CHOICES.items():
+        start = ["--model", models / "smollm2", "--rl_steps", 0]
+        run(folder_of(out, form, 0, f"SFT, {name}"), threads, *base, *start, *flags)
+    tuned = folder_of(out, form, 0, f"SFT, {CHOSEN['sft']}") / "sft"
+    for name, flags in RL_CHOICES.items():
+        start = ["--model", tuned, "--sft_steps", 0, "--rule", "none", *RL[form]]
+        run(folder_of(out, form, 0, f"RL, {name}"), threads, *base, *start, *flags)
+
+
+def choose_student(out, task, minilm, threads):
+    """Run all that the student's settings are chosen from: on gold labels, with seed 0."""
+    base = ["--task", task, "--student", minilm, *BUDGETS, *STUDENTS["MiniLM, gold labels"]]
+    for name, flags in STUDENT_CHOICES.items():
+        folder = folder_of(out, "student", 0, name)
+        run(folder, threads, *base, *flags, script="distill.py")
+
+
+# What came out ------------------------------------------------------------------------------------
+
+
+def line(name, results, ms=None):
+    """A line of the table: mean of each metric over seeds, ± standard deviation if several."""
+    cells = [name, str(len(results))]
+    for key in COLUMNS.values():
+        values = [result[key] for result in results if key in result]
+        cell = f"{np.mean(values):.3f}" if values else "-"
+        if len(values) > 1:
+            cell += f" ± {np.std(values, ddof=1):.3f}"
+        cells.append(cell)
+    cells.append(f"{ms:.1f}" if ms else "-")
+    return f"| {' | '.join(cells)} |"
+
+
+def milliseconds(predict, pairs):
+    """Milliseconds a pair in a batch of 64: the best of three."""
+    times = []
+    for _ in range(3):
+        started = time.perf_counter()
+        predict(pairs[:64])
+        times.append(time.perf_counter() - started)
+    return 1000 * min(times) / 64
+
+
+def table(out, tasks, models):
+    """The table of all that is done, as Markdown."""
+    lines = [HEAD]
+    task = grm.Task.load(tasks["label"])
+    pairs = task.read(task.folder / "test.jsonl")
+    encoder = chorus.load_encoder(str(models / "minilm"))
+    cosine_ms = milliseconds(lambda batch: chorus.cosine_scores(batch, *encoder), pairs)
+    for name, metrics in chorus.baselines(task, str(models / "minilm")).items():
+        metrics.pop("ece")  # there are no probabilities
+        lines.append(line(name, [metrics], cosine_ms if name == "cosine" else None))
+    for form in FORMS:
+        results = {name: read_all(out, form, name, "rl") for name in RULES[form]}
+        results = {"SFT": read_all(out, form, "SFT", "sft")} | results
+        if (zero := out / f"zero-shot-{tasks[form].name}.json").exists():
+            results = {"zero-shot": [json.loads(zero.read_text())]} | results
+        ms = None
+        tuned = folder_of(out, form, 0, "SFT") / "sft"
+        if tuned.exists():
+            renderer, engine = grm.load_judge(tuned, None)
+            ms = milliseconds(partial(grm.judge, renderer, engine), pairs)
+        lines += [line(f"SmolLM2, {form}: {name}", of, ms) for name, of in results.items() if of]
+    for name in STUDENTS:
+        if results := read_all(out, "student", name, "student"):
+            ms = np.mean([result["ms_per_pair_batch_64"] for result in results])
+            lines.append(line(name, results, ms))
+    return "\n".join(lines) + "\n"
+
+
+def read_all(out, form, name, stage):
+    """The metrics on the test pairs of the runs of all seeds that are done."""
+    results = []
+    for seed in range(10):
+        path = folder_of(out, form, seed, name) / "summary.json"
+        if path.exists():
+            results.append(json.loads(path.read_text())[stage]["test"])
+    return results
+
+
+def explain(out, tasks, rule="symmetric, labels", group_size=8):
+    """Three answers to test pairs with the credit of their steps, the last a wrong one, as text.
+
+    Each is the first of a group, whose rewards must differ: else there is no credit to show.
+    """
+    renderer, engine = grm.load_judge(folder_of(out, "reason", 0, rule) / "model", None)
+    task = renderer.task
+    train_pairs = task.read(tasks["reason"] / "train.jsonl")
+    pairs = task.read(tasks["reason"] / "test.jsonl")[::29]
+    texts = []
+    wanted = [1.0, 1.0, 0.0]  # rewards
+    for pair, labels in zip(pairs, chorus.label_steps(pairs, train_pairs), strict=True):
+        pair["targets"] = labels
+        prompts = renderer.prompts([pair])
+        sampled = rollout.sample(
+            engine.model,
+            prompts,
+            group_size=group_size,
+            max_new_tokens=engine.max_new_tokens,
+            eos_id=renderer.eos_id,
+        )
+        answers = sampled.answers[0]
+        traces = [[renderer.parse(answer) for answer in answers]]
+        rewards_PG = train.reward_groups([pair], traces, "cpu")
+        advantages_PG = sam.group_advantages(rewards_PG)
+        if not wanted or rewards_PG[0, 0] != wanted[0] or not advantages_PG.any():
+            continue
+        wanted.pop(0)
+        ends_NK, _, right_NK = train.judge_steps([pair], traces, task, "labels", "cpu")
+        credit_A = sam.stepwise_credit(
+            advantages_PG.flatten(), ends_NK, right_NK, sampled.lengths_N, "symmetric"
+        )
+        texts.append(f"{pair['query']} | {pair['document']} | human label {pair['label']}")
+        for step, label in zip(traces[0][0].steps, labels, strict=True):
+            text = renderer.decode(answers[0][step.start : step.end]).strip()
+            texts.append(f"{credit_A[step.end - 1]:+8.2f}  {text}  (step label {label})")
+        texts.append("")
+    return "\n".join(texts)
+
+
+# The command --------------------------------------------------------------------------------------
+
+
+def table_of_choices(out):
+    """The table of what `choose` tried, as Markdown: metrics on the held-out training queries."""
+    lines = [HEAD]
+    tried = {form: [(f"SFT, {name}", "sft") for name in SFT_CHOICES] for form in FORMS}
+    for form in FORMS:
+        tried[form] += [(f"RL, {name}", "rl") for name in RL_CHOICES]
+    tried["student"] = [(name, "student") for name in STUDENT_CHOICES]
+    for form, names in tried.items():
+        for name, stage in names:
+            if results := read_all(out, form, name, stage):
+                lines.append(line(f"{form}: {name}", results))
+    return "\n".join(lines) + "\n"
+
+
+def main():
+    """Run what is missing, then write the tables."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("source", type=Path, metavar="PATH_TO_CHORUS")
+    parser.add_argument("--models", type=Path, default=Path("models"), help="(default: models)")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--forms", nargs="+", choices=FORMS, default=FORMS)
+    parser.add_argument("--seeds", type=int, nargs="*", choices=range(10), default=[0, 1])
+    parser.add_argument("--choose", action="store_true", help="what the settings are chosen by")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
+    args = parser.parse_args()
+    threads = max(1, (os.cpu_count() or 1) // args.jobs)
+    out, source = args.out, args.source
+    if args.choose:
+        out = out / "choose"
+        source = hold_out(source, out / "source")
+    tasks = make_tasks(source, out, args.models / "smollm2")
+    minilm = args.models / "minilm"
+    if args.choose:
+        calls = [(choose, out, tasks, args.models, form, threads) for form in args.forms]
+        calls.append((choose_student, out, tasks["label"], minilm, threads))
+        run_all(args.jobs, calls)
+        text = table_of_choices(out)
+    elif args.seeds:
+        smollm2 = args.models / "smollm2"
+        calls = [(zero_shot, out, tasks[form], smollm2, threads) for form in args.forms]
+        for seed in args.seeds:
+            calls += [(fine_tune, out, tasks, smollm2, form, seed, threads) for form in args.forms]
+        run_all(args.jobs, calls)
+        run_all(args.jobs, [(distil, out, tasks, minilm, seed, threads) for seed in args.seeds])
+    if not args.choose:
+        text = table(out, tasks, args.models)
+        (out / "samples.md").write_text(explain(out, tasks))
+    (out / "real.md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
