@@ -134,7 +134,7 @@ def fine_tune(out, tasks, smollm2, form, seed, threads):
     base = ["--task", tasks[form], "--seed", seed, *BUDGETS]
     flags = SFT_CHOICES[CHOSEN["sft"]]
     run(tuned, threads, *base, "--model", smollm2, "--rl_steps", 0, *flags)
-    flags = [*RL[form], *RL_CHOICES[CHOSEN["rl"]]]
+    flags = [*RL[form], *RL_CHOICES[CHOSEN["rl"]], "--eval_every", 0]
     for rule, rule_flags in RULES[form].items():
         folder = folder_of(out, form, seed, rule)
         start = ["--model", tuned / "sft", "--sft_steps", 0]
@@ -207,7 +207,6 @@ def table(out, tasks, models):
     encoder = chorus.load_encoder(str(models / "minilm"))
     cosine_ms = milliseconds(lambda batch: chorus.cosine_scores(batch, *encoder), pairs)
     for name, metrics in chorus.baselines(task, str(models / "minilm")).items():
-        metrics.pop("ece")  # there are no probabilities
         lines.append(line(name, [metrics], cosine_ms if name == "cosine" else None))
     for form in FORMS:
         results = {name: read_all(out, form, name, "rl") for name in RULES[form]}
