@@ -263,6 +263,11 @@ class Ranks:
             torch.cuda.set_device(self.device)
             # gloo beside nccl: small sums and gathers of CPU tensors do not wait for the GPU.
             backend = "cpu:gloo,cuda:nccl"
+        elif Path("/dev/nvidia0").exists() and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
+            raise RunError(
+                f"there is an NVIDIA GPU, which torch {torch.__version__} cannot use: install a torch "
+                "that fits its driver, or set CUDA_VISIBLE_DEVICES= (empty) to compute on the CPU"
+            )
         if self.world > 1:
             if not dist.is_initialized():
                 self._join(backend, timedelta(seconds=timeout_s))

@@ -503,15 +503,19 @@ class _TokenLogprobs(torch.autograd.Function):
         return torch.cat(grads), grad_weight, grad_bias, None, None, None, None
 
 
+# Of a chunk of positions: on the CPU it should fit the cache, on a GPU it should keep all of it busy.
+LOGITS = {"cpu": 2**24, "cuda": 2**27}
+
+
 def token_logprobs(hidden_AD, head, targets_A, temperature=1.0, chunk=None):
     """Log-probabilities and entropies under softmax(head(hidden) / temperature), float32 [A].
 
     head: the model's output layer, a torch.nn.Linear. Runs in chunks of `chunk` positions (by
-    default so many that a chunk has 2**24 logits) that are computed again in the backward pass, so
+    default so many that a chunk has LOGITS logits) that are computed again in the backward pass, so
     [A, vocabulary] never exists. The entropies carry no gradient; they are a statistic.
     """
-    chunk = chunk or max(1, 2**24 // head.weight.shape[0])
     device = hidden_AD.device.type
+    chunk = chunk or max(1, LOGITS[device] // head.weight.shape[0])
     dtype = head.weight.dtype
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)

@@ -152,8 +152,8 @@ def policy_loss(
         loss = - sum_t w_t min(r_t C_t, clip(r_t, 1 - clip_low, 1 + clip_high) C_t) / denominator
                + KL term
 
-    Statistics: a dict of sums over this call's tokens, so that they add up over micro-batches and
-    ranks: tokens; approx_kl, 0.5 (log ratio)^2 between this policy and the one at the start of the
+    Statistics: a dict of sums over this call's tokens, float64 scalars on the device (reading them
+    would wait for it), which add up over micro-batches and ranks: tokens; approx_kl, 0.5 (log ratio)^2 between this policy and the one at the start of the
     step; clipped, tokens whose gradient the clip stopped; mismatch, |trainer's minus sampler's
     log-probability| at the start of the step; is_weight, the importance weights; ref_kl.
 
@@ -186,8 +186,7 @@ def policy_loss(
             "is_weight": weights_A,
             "ref_kl": ref_kl_A,
         }
-        sums = torch.stack([x.double().sum() for x in statistics.values()])
-    return loss, dict(zip(statistics, sums.tolist(), strict=True))  # one transfer from the device
+        return loss, {name: x.double().sum() for name, x in statistics.items()}
 
 
 def rollout_stats(rewards_PG, advantages_N, credit_A, lengths_N, ended_N):

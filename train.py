@@ -69,7 +69,9 @@ class Config:
     keep: int = setting(2, "checkpoints to keep, the newest", min=1)
     max_bad_steps: int = setting(3, "end after so many steps in a row that are not finite", min=1)
     timeout: int = setting(1800, "seconds that a rank waits for another before the job ends", min=1)
-    activation_checkpointing: bool = setting(False, "keep the inputs of layers only: less memory")
+    activation_checkpointing: Literal["auto", "0", "1"] = setting(
+        "auto", "keep only the inputs of layers for backward: less memory; auto: on CUDA"
+    )
     # SFT
     sft_steps: int = setting(400, "steps of fine-tuning on TASK/sft.jsonl (0: none)", min=0)
     sft_batch: int = setting(64, "demonstrations a step", min=1)
@@ -248,20 +250,22 @@ def set_budgets(config, skeleton, bf16, ranks):
     held = (20 if config.kl_coef else 16) / ranks.world  # weights, gradients, moments
     if bf16 or ranks.world > 1:
         held += size  # the sampling model
-    budgets = rollout.token_budgets(
-        skeleton, ranks.device, held, size, config.activation_checkpointing
-    )
+    device = ranks.device
+    budgets = rollout.token_budgets(skeleton, device, held, size, checkpointing(config, device))
     config.max_tokens = config.max_tokens or budgets[0]
     config.cache_tokens = config.cache_tokens or budgets[1]
 
 
-def make_policy(source, config, device):
+def make_policy(source, seed, device):
     """A policy from a model folder or hub name, on a device, in float32."""
-    model, _ = grm.load_model(source, device, seed=config.seed)
-    rollout.use_tree_attention(model)
-    if config.activation_checkpointing:
-        checkpoint_layers(model)
-    return rollout.Policy(model)
+    model, _ = grm.load_model(source, device, seed=seed)
+    return rollout.Policy(rollout.use_tree_attention(model))
+
+
+def checkpointing(config, device):
+    """The setting `activation_checkpointing` as a bool."""
+    choice = config.activation_checkpointing
+    return device.type == "cuda" if choice == "auto" else choice == "1"
 
 
 def checkpoint_layers(model):
@@ -323,14 +327,14 @@ def sft_backward(policy, batch, config, ranks, coef=1.0):
     prompts = [record["prompt_ids"] for record in mine]
     answers = [[record["answer_ids"]] for record in mine]
     micro_batches = rollout.micro_batches(prompts, answers, config.max_tokens)
-    total = 0.0
+    total = torch.zeros((), dtype=torch.float64, device=ranks.device)
     for part, _ in ranks.equalize(micro_batches, rollout.EMPTY):
         tree = rollout.Tree(prompts[part], answers[part], ranks.device)
         logprobs_A, _ = policy(tree)
         loss = -logprobs_A.sum() / num_tokens
         (coef * loss).backward()
-        total += loss.item()
-    return ranks.sum(total)
+        total += loss.detach()
+    return ranks.sum(total.item())
 
 
 # Stage 2: learn the rules from labels -------------------------------------------------------------
@@ -378,7 +382,7 @@ def rl(policy, sampling_model, optimizer, renderer, data, config, ranks, progres
         old_logprobs_A = torch.zeros_like(credit_A)  # the policy's at the start of the step
         totals = Counter()
         for update in range(config.updates_per_batch):
-            loss = 0.0
+            loss = torch.zeros((), dtype=torch.float64, device=ranks.device)
             for prompt_slice, token_slice in micro_batches:
                 tree = rollout.Tree(prompts[prompt_slice], answers[prompt_slice], ranks.device)
                 logprobs_A, entropy_A = policy(tree, config.temperature)
@@ -400,9 +404,9 @@ def rl(policy, sampling_model, optimizer, renderer, data, config, ranks, progres
                     kl_coef=config.kl_coef,
                 )
                 part_loss.backward()
-                loss += part_loss.item()
-                totals.update(stats, entropy=entropy_A.sum().item())  # a Counter adds up
-            loss = ranks.sum(loss)
+                loss += part_loss.detach()
+                totals.update(stats, entropy=entropy_A.sum().double())  # a Counter adds up
+            loss = ranks.sum(loss.item())
             if config.sft_coef:  # mode balance: the SFT loss beside RL's
                 demonstrations = parallel.epoch_batch(
                     data["sft"], config.sft_batch, step, config.seed, 2
@@ -416,7 +420,7 @@ def rl(policy, sampling_model, optimizer, renderer, data, config, ranks, progres
 
         # 4. Log.
         figures = {"stage": "rl", "step": step + 1, "loss": loss, "grad_norm": grad_norm, "lr": lr}
-        figures |= {"skipped": progress.skipped} | token_means(ranks.sum(totals))
+        figures |= {"skipped": progress.skipped} | token_means(totals, ranks)
         figures |= rollout_figures(sampled, traces, rewards_PG, advantages_N, credit_A, ranks)
         figures |= step_figures(
             mine, traces, rewards_PG, credit_A, sampled.lengths_N, step_ends_NK, ranks
@@ -489,12 +493,14 @@ def make_reference(policy, config, ranks):
     fine_tuned = Path(config.out) / "sft"
     source = fine_tuned if fine_tuned.exists() else config.model
     bf16 = parallel.chosen_bf16(config.bf16, ranks.device, policy.model.config.hidden_size)
-    reference = parallel.shard(partial(make_policy, source, config), ranks, bf16)
+    reference = parallel.shard(partial(make_policy, source, config.seed), ranks, bf16)
     return reference.requires_grad_(False)
 
 
-def token_means(totals):
-    """Means over tokens of sums over all micro-batches and ranks."""
+def token_means(totals, ranks):
+    """Means over the tokens of all ranks of sums over micro-batches, which are scalar tensors."""
+    values = torch.stack([*totals.values()]).tolist()  # one transfer from the device
+    totals = ranks.sum(dict(zip(totals, values, strict=True)))
     return {name: x / totals["tokens"] for name, x in totals.items() if name != "tokens"}
 
 
@@ -656,8 +662,10 @@ def main():
     budgets = f"{config.max_tokens:,} tokens a micro-batch, {config.cache_tokens:,} in the cache"
     parallel.print0(f"budgets     {budgets}")
 
-    make = partial(make_policy, config.model, config)
+    make = partial(make_policy, config.model, config.seed)
     policy = parallel.shard(make, ranks, bf16)
+    if checkpointing(config, ranks.device):
+        checkpoint_layers(policy.model)
     optimizer = torch.optim.AdamW(
         policy.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=config.weight_decay
     )

@@ -19,8 +19,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import rollout
 
-LOGITS = 2**24  # of one chunk in rollout.token_logprobs
-
 
 class _KeptByAttention(torch.autograd.Function):
     """Attention as far as memory goes: a fused kernel keeps queries, keys, values, its output."""
@@ -114,7 +112,8 @@ def memory_plan(
         gathered = size * (root + 2 * layer) + (4 + size) * layer
     else:
         gathered = size * total if bf16 else 0  # autocast's copies
-    chunk = 3 * 4 * min(LOGITS, max_tokens * config.vocab_size)
+    logits = rollout.LOGITS["cuda" if bf16 else "cpu"]
+    chunk = 3 * 4 * min(logits, max_tokens * config.vocab_size)
     backward = 1.3 * layer_token * max_tokens  # of one layer; 1.3 is fitted to tests/peak.py
     update = {
         "gradients (float32)": 4 * total / ranks,

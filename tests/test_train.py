@@ -152,7 +152,7 @@ def test_budgets_come_from_the_memory(task, tmp_path, monkeypatch, capsys):
     flags = ["--rl_steps=0", "--sft_steps=1"]
     run(monkeypatch, task, tmp_path / "a", *flags, "--cache_tokens=3000")
     assert "budgets     1,024 tokens a micro-batch, 3,000 in the cache" in capsys.readouterr().out
-    run(monkeypatch, task, tmp_path / "b", *flags, "--max_tokens=3000", "--activation_checkpointing")
+    run(monkeypatch, task, tmp_path / "b", *flags, "--max_tokens=3000", "--activation_checkpointing=1")
     assert "budgets     3,000 tokens a micro-batch, 7,168 in the cache" in capsys.readouterr().out
     monkeypatch.undo()
     run(monkeypatch, task, tmp_path / "c", *flags)
