@@ -275,6 +275,9 @@ class Config:
     cache_tokens: int = setting(
         0, "tokens of the key-value cache in sampling (0: by memory, at most 131072)", min=0
     )
+    sampling_shards: int = setting(
+        1, "ranks that hold the teacher together, each a part of it (1: each has a copy)", min=1
+    )
     max_tokens: int = setting(0, "tokens of a forward pass (0: by memory, at most 32768)", min=0)
     # student
     loss: Literal["label", "gold", "forward", "reverse", "js"] = setting(
@@ -296,7 +299,7 @@ class Config:
 
 
 # What may change when a run is taken up again: results do not depend on it beyond rounding.
-FREE = ("out", "cache", "max_tokens", "cache_tokens", "save_every")
+FREE = ("out", "cache", "max_tokens", "cache_tokens", "sampling_shards", "save_every")
 
 
 def parse_config(argv=None):
@@ -358,18 +361,29 @@ def encode(teacher, student, pairs, tests):
 # Stage 1: what the teacher thinks -----------------------------------------------------------------
 
 
+def make_teacher(source, dtype, ranks, device):
+    """A teacher from a model folder or hub name; on meta cut, where ranks sample together."""
+    model, _ = grm.load_model(source, device, dtype)
+    policy = rollout.Policy(rollout.use_tree_attention(model))
+    return parallel.cut(policy, ranks) if device == "meta" else policy
+
+
 class Teacher:
-    """The teacher's model, whole on each rank, and what it says of pairs."""
+    """The teacher's model, which each rank has whole or a group in parts, and what it says."""
 
     def __init__(self, config, task, ranks):
         self.config = config
         task.check_model(config.teacher)
-        skeleton, _ = grm.load_model(config.teacher, "meta")
+        skeleton, tokenizer = grm.load_model(config.teacher, "meta")
         bf16 = parallel.chosen_bf16(config.bf16, ranks.device, skeleton.config.hidden_size)
         dtype = torch.bfloat16 if bf16 else torch.float32
-        set_budgets(config, skeleton, ranks.device, dtype, numbers=1)  # nothing but its weights
-        self.model, tokenizer = grm.load_model(config.teacher, ranks.device, dtype)
-        rollout.use_tree_attention(self.model)
+        parallel.check_cut(skeleton, ranks.shards)
+        # Nothing is held but its weights.
+        set_budgets(config, skeleton, ranks.device, dtype, numbers=1, shards=ranks.shards)
+        make = partial(make_teacher, config.teacher, dtype, ranks)
+        policy = make("meta")
+        parallel.fill(policy, make, ranks, config.teacher)
+        self.model = policy.model
         context = self.model.config.max_position_embeddings
         self.renderer = grm.Renderer(task, tokenizer, context, config.max_new_tokens)
         self.engine = make_engine(self.model, self.renderer, config)
@@ -483,6 +497,10 @@ class Cache:
         """The folder of a shard, by its number."""
         return self.folder / f"labels-{shard:05d}"
 
+    def known(self, count):
+        """Which of the first `count` shards are there."""
+        return [shard for shard in range(count) if self.path(shard).exists()]
+
     def save(self, shard, tensors):
         """Write a shard: whole, or not at all."""
         with parallel.writing(self.path(shard)) as unfinished:
@@ -505,20 +523,23 @@ class Cache:
 
 
 def ask_teacher(teacher, cache, prompts, ranks):
-    """Fill the cache where it lacks shards; each rank asks for its own.
+    """Fill the cache where it lacks shards; each rank asks for its own, or each group of ranks.
 
     Raises grm.TaskError if more than half of the reasonings are malformed.
     """
     asked = well_formed = 0
-    shards = range(ranks.rank, math.ceil(len(prompts) / cache.SHARD), ranks.world)
+    count = math.ceil(len(prompts) / cache.SHARD)
+    known = ranks.on_rank_0(cache.known, count)
+    shards = range(ranks.rank // ranks.shards, count, ranks.world // ranks.shards)
     for shard in parallel.Bar(shards, desc="teacher", unit=f" x {cache.SHARD} pairs"):
-        if cache.path(shard).exists():
+        if shard in known:
             tensors = cache.load(shard)
         else:
             first = shard * cache.SHARD
             mine = prompts[first : first + cache.SHARD]
             tensors = teacher.grade(mine, first * teacher.config.samples)
-            cache.save(shard, tensors)
+            if ranks.rank % ranks.shards == 0:
+                cache.save(shard, tensors)
         asked += tensors["lengths_NM"].numel()
         well_formed += int((tensors["lengths_NM"] > 0).sum())
         if well_formed < 0.5 * asked:
@@ -824,13 +845,13 @@ class ReasoningStudent(CausalStudent):
         self.task.save(folder)
 
 
-def set_budgets(config, model, device, dtype, numbers):
+def set_budgets(config, model, device, dtype, numbers, shards=1):
     """Put what the memory has room for beside a model in the place of budgets that are 0.
 
-    numbers: of dtype, held for each of the model's parameters.
+    numbers: of dtype, held for each of the model's parameters; shards: ranks that share them out.
     """
     size = dtype.itemsize
-    budgets = rollout.token_budgets(model, device, numbers * size, size)
+    budgets = rollout.token_budgets(model, device, numbers * size / shards, size, shards=shards)
     config.max_tokens = config.max_tokens or budgets[0]
     config.cache_tokens = config.cache_tokens or budgets[1]
 
@@ -924,20 +945,21 @@ def milliseconds(judge, pairs, batch):
 def evaluate(task, judge, tests, ranks, progress):
     """{test set: metrics} of a teacher or student, with size, and on rank 0 time.
 
-    Each rank judges its share of the pairs.
+    Each rank judges its share of the pairs, or each group of ranks that sample together.
     """
     cost = {"parameters": sum(p.numel() for p in judge.model.parameters())}
     with progress.interruptible():
-        if ranks.rank == 0:  # while the others wait: they would disturb it
+        if ranks.rank < ranks.shards:  # while the others wait: they would disturb it
             pairs = next(iter(tests.values()))
             cost |= {f"ms_per_pair_batch_{n}": milliseconds(judge, pairs, n) for n in (1, 64)}
     scores = {}
     for name, pairs in tests.items():
-        mine = pairs[ranks.share(len(pairs))]
+        mine = pairs[ranks.group_share(len(pairs))]
         judged = []
         with progress.interruptible():
             for i in range(0, len(mine), 256):  # so that memory does not grow with the test set
                 judged += judge.predict(mine[i : i + 256])
+        judged = judged[ranks.own_part(len(pairs))]
         predictions = [prediction for part in ranks.gather_json(judged) for prediction in part]
         scores[name] = grm.metrics(task, pairs, predictions) | cost
     return scores
@@ -956,7 +978,7 @@ def main():
     hf_logging.disable_progress_bar()
     config = parse_config()
     out = Path(config.out)
-    ranks = parallel.Ranks()
+    ranks = parallel.Ranks(sampling_shards=config.sampling_shards)
     task = grm.Task.load(config.task)
     pairs, tests = read_pairs(config, task)
     teacher_hash = ranks.on_rank_0(parallel.hash_inputs, [config.teacher])
@@ -989,9 +1011,11 @@ def main():
 
     # Stage 2: the student learns it
     start = time.perf_counter()
-    sampling_student = parallel.whole_copy(make, student, ranks, bf16) if config.on_policy else None
+    sampling_student = None
+    if config.on_policy:
+        sampling_student = parallel.sampling_copy(make, student, ranks, bf16)
     train(student, sampling_student, optimizer, pairs, config, ranks, progress)
-    student = parallel.whole_copy(make, student, ranks, bf16).eval()
+    student = parallel.sampling_copy(make, student, ranks, bf16).eval()
     training_s = time.perf_counter() - start
     ranks.on_rank_0(student.save, out / "model")
 

@@ -28,24 +28,29 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import sys
 import time
 import warnings
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from tqdm import tqdm
 
 SAVE_SECONDS = 600  # between checkpoints, where no number of steps is given
+FILE_BYTES = 2**30  # of a file of weights, unless one tensor is larger
 LINE_SECONDS = 30  # between lines of progress, where the output is no terminal
 # Files that a run reads and writes; what else lies in a folder is not looked at.
 SUFFIXES = (".json", ".jsonl", ".jinja", ".md", ".model", ".safetensors", ".txt")
@@ -248,44 +253,75 @@ class Ranks:
     """This process among those that torchrun started: rank, world (their number), device.
 
     timeout_s: a collective that waits longer for another rank raises, which ends the job.
+    sampling_shards: so many neighbouring ranks are a group, which samples together from one copy of
+        the weights, cut into parts (`cut`). Raises RunError if that does not divide the ranks.
     """
 
-    def __init__(self, timeout_s=1800):
+    def __init__(self, timeout_s=1800, sampling_shards=1):
+        self.timeout = timedelta(seconds=timeout_s)
         self.rank = int(os.environ.get("RANK", 0))
         self.world = int(os.environ.get("WORLD_SIZE", 1))
         self.device = torch.device("cpu")
         self.mesh = None
+        self.shards = sampling_shards
+        self.group = None
         self.asked_to_stop = False
         self.interruptible = False  # whether a signal may break off what is being done
-        backend = "gloo"
+        self.backend = "gloo"
         if torch.cuda.is_available():
             self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(self.device)
             # gloo beside nccl: small sums and gathers of CPU tensors do not wait for the GPU.
-            backend = "cpu:gloo,cuda:nccl"
+            self.backend = "cpu:gloo,cuda:nccl"
         elif Path("/dev/nvidia0").exists() and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
             raise RunError(
-                f"there is an NVIDIA GPU, which torch {torch.__version__} cannot use: install a torch "
-                "that fits its driver, or set CUDA_VISIBLE_DEVICES= (empty) to compute on the CPU"
+                f"there is an NVIDIA GPU, which torch {torch.__version__} cannot use: install a "
+                "torch for its driver, or set CUDA_VISIBLE_DEVICES= (empty) to compute on the CPU"
+            )
+        if self.world % sampling_shards:
+            raise RunError(
+                f"--sampling_shards {sampling_shards}: does not divide the {self.world} ranks"
             )
         if self.world > 1:
-            if not dist.is_initialized():
-                self._join(backend, timedelta(seconds=timeout_s))
-            self.mesh = init_device_mesh(self.device.type, (self.world,))
+            self.form_mesh()
+        if sampling_shards > 1:
+            shape = (self.world // sampling_shards, sampling_shards)
+            meshes = init_device_mesh(self.device.type, shape, mesh_dim_names=("groups", "group"))
+            self.group = meshes["group"]
 
-    def _join(self, backend, timeout):
-        """Form the group of processes."""
-        store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
+    def form_mesh(self):
+        """Let the processes find each other, if they have not: what FSDP needs, of one rank too."""
+        if not dist.is_initialized():
+            options = {"timeout": self.timeout, "rank": self.rank, "world_size": self.world}
+            store = self._store() if self.world > 1 else dist.HashStore()
+            dist.init_process_group(self.backend, store=store, **options)
+        self.mesh = self.mesh or init_device_mesh(self.device.type, (self.world,))
+
+    def _store(self):
+        """Where the processes find each other's addresses."""
+        store, *_ = next(dist.rendezvous("env://", timeout=self.timeout))
         if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
             # torchrun keeps one store over restarts, in which a rank would find the addresses of
             # the dead. (Of several nodes, each counts its own restarts: there, torchrun wants
             # TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment, a fresh store.)
             store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
+        return store
 
     def share(self, count):
         """The slice of `count` things that this rank takes; sizes differ by at most one."""
         return slice(self.rank * count // self.world, (self.rank + 1) * count // self.world)
+
+    def group_share(self, count):
+        """The slice that this rank samples for, with the others of its group: all their shares."""
+        first = self.rank - self.rank % self.shards
+        last = first + self.shards
+        return slice(first * count // self.world, last * count // self.world)
+
+    def own_part(self, count):
+        """Of what the group has of its slice of `count` things, the slice that is this rank's."""
+        start = self.group_share(count).start
+        share = self.share(count)
+        return slice(share.start - start, share.stop - start)
 
     def equalize(self, micro_batches, empty):
         """This rank's micro-batches, and `empty` ones until it has as many as the rank with most.
@@ -384,7 +420,9 @@ def launch(main, errors=()):
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(5)
         sys.exit(str(error))
-    if dist.is_initialized():
+    if dist.is_initialized() and dist.get_world_size() == 1:
+        dist.destroy_process_group()
+    elif dist.is_initialized():
         # Not by way of the interpreter: now and then, threads of the process group abort it there.
         sys.stdout.flush()
         sys.stderr.flush()
@@ -408,21 +446,19 @@ def chosen_bf16(choice, device, hidden_size):
     return bf16_pays(device, hidden_size) if choice == "auto" else choice == "1"
 
 
-def shard(make, ranks, bf16=False):
-    """A module to train in float32 master weights; with several ranks, FSDP2 shards it.
+def shard(make, ranks, bf16=False, source=None):
+    """A module to train, in float32 master weights, which FSDP2 shards over the ranks.
 
-    make(device) gives the module, with a Hugging Face transformer as its `.model`. Of several ranks
-    only rank 0 loads weights (on "cpu"), all build "meta", the architecture alone. Call the module
-    as usual: FSDP gathers the weights of head and embedding around its forward and backward, and
-    those of each layer around the layer. Gradients are summed over ranks, not averaged.
-    bf16: compute in bfloat16, reduce gradients in float32.
+    make(device) gives the module, with a Hugging Face transformer as its `.model`; source: the
+    folder that it has its weights from, if any. Call the module as usual: FSDP gathers the weights
+    of head and embedding around its forward and backward, and those of each layer around the layer.
+    Gradients are summed over ranks, not averaged.
+    bf16: compute in bfloat16, reduce gradients in float32. For that a single rank is a mesh of one,
+    so that it computes what several do; in float32 it has the plain module.
     """
-    if ranks.world == 1:
-        module = make(ranks.device)
-        if bf16:
-            module.forward = torch.autocast(ranks.device.type, torch.bfloat16)(module.forward)
-        return module
-    weights = make("cpu") if ranks.rank == 0 else None
+    if ranks.world == 1 and not bf16:
+        return make(ranks.device)
+    ranks.form_mesh()
     module = make("meta")
     compute_dtype = torch.bfloat16 if bf16 else None
     precision = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
@@ -433,36 +469,87 @@ def shard(make, ranks, bf16=False):
             # Losses are divided by global counts, so gradients are summed.
             block.set_gradient_divide_factor(1.0)
             block.set_force_sum_reduction_for_comms(True)
-    _fill(module, weights, ranks.device)
+    fill(module, make, ranks, source)
     return module
 
 
 @torch.no_grad()
-def _fill(module, weights, device):
-    """Give a sharded module on the meta device memory, and rank 0's weights and buffers."""
-    module.to_empty(device=device)
-    module.model.tie_weights()  # to_empty forgets which are the same
-    source = {}
+def fill(module, make, ranks, source=None):
+    """Give a module on meta memory and weights, whether FSDP shards it, `cut` cuts it, or none.
+
+    If the folder `source` has safetensors of just these names and shapes, each rank reads its own
+    parts, and no host ever holds a whole copy. Else rank 0 makes the whole, make("cpu"), and
+    broadcasts one tensor after the other. Raises RunError for weights that are not finite.
+    """
+    model = module.model
+    module.to_empty(device=ranks.device)
+    model.tie_weights()  # to_empty forgets which are the same
+    if source and ranks.on_rank_0(_has_weights_of, source, model):
+        load_tensors(source, dict(_named_tensors(model)))
+        for part in model.modules():
+            if next(part.buffers(recurse=False), None) is not None:
+                model._init_weights(part)  # rotary frequencies, which no file holds
+        bad = [name for name, p in model.named_parameters() if not _local(p).isfinite().all()]
+        for names in ranks.gather_json(bad):
+            if names:
+                raise RunError(f"{source}: weights that are not finite: {names[0]}")
+        return
+    weights = make("cpu") if ranks.rank == 0 else None
+    tensors = {}
     if weights is not None:
-        source = dict([*weights.named_parameters(), *weights.named_buffers()])
-    for name, x in [*module.named_parameters(), *module.named_buffers()]:
-        whole = torch.empty(x.shape, dtype=x.dtype, device=device)  # x.shape is the whole's
-        if source:
-            whole.copy_(source[name])
-        dist.broadcast(whole, 0)
-        if is_sharded(x):
-            # Every rank has the whole: cutting out its part needs no further communication.
-            whole = distribute_tensor(whole, x.device_mesh, x.placements, src_data_rank=None)
-        x.copy_(whole)
+        tensors = dict([*weights.named_parameters(), *weights.named_buffers()])
+    for name, x in [*_named_tensors(module), *module.named_buffers()]:
+        whole = torch.empty(x.shape, dtype=x.dtype, device=ranks.device)  # x.shape is the whole's
+        if tensors:
+            whole.copy_(tensors[name])
+        if dist.is_initialized():
+            dist.broadcast(whole, 0)
+        _copy_part(x, whole)
+
+
+def _has_weights_of(folder, model):
+    """Whether a folder's safetensors are the parameters of a model, by name and shape."""
+    shapes = {name: list(x.shape) for name, x in _named_tensors(model)}
+    found = {}
+    for path in Path(folder).glob("*.safetensors"):
+        try:
+            with safe_open(path, "pt") as file:
+                found |= {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+        except SafetensorError:
+            return False  # transformers will say what is wrong
+    return found == shapes
+
+
+def _named_tensors(module):
+    """(name, parameter) of a module; the parts of layers that are cut as DTensors of the whole."""
+    for name, p in module.named_parameters():
+        layer, _, kind = name.rpartition(".")
+        mesh, placements = getattr(module.get_submodule(layer), "parts", (None, {}))
+        if kind in placements:
+            p = DTensor.from_local(p.detach(), mesh, [placements[kind]], run_check=False)
+        yield name, p
+
+
+def _copy_part(x, whole):
+    """Copy a whole tensor into x, or x's part of it. No communication: every rank has the whole."""
+    if is_sharded(x):
+        whole = distribute_tensor(whole, x.device_mesh, x.placements, src_data_rank=None)
+    x.copy_(whole)
+
+
+def _local(x):
+    """What of a tensor is on this rank."""
+    return x.to_local() if is_sharded(x) else x
 
 
 @torch.no_grad()
-def whole_copy(make, module, ranks, bf16=False):
-    """The module as each rank needs it to sample from or to save: whole, in bfloat16 if `bf16`.
+def sampling_copy(make, module, ranks, bf16=False):
+    """The module as a rank needs it to sample from or to save: not sharded, in bfloat16 if `bf16`.
 
-    That is the module itself where it is so already. Every rank must call it.
+    That is the module itself where it is so already, else a copy: whole, or cut where what
+    make("meta") gives is cut. Every rank must call it.
     """
-    if ranks.world == 1 and not bf16:
+    if not bf16 and not any(map(is_sharded, module.parameters())):
         return module
     copy = make("meta")
     if bf16:
@@ -479,12 +566,70 @@ def whole_copy(make, module, ranks, bf16=False):
 
 @torch.no_grad()
 def copy_weights(target, module):
-    """Copy a module's weights, sharded or not, into a whole one. Every rank must call it."""
+    """Copy a module's weights, sharded or not, into a whole or a cut one. Every rank must call it.
+
+    One tensor after the other is gathered; no rank ever holds more than one whole beside its part.
+    """
     if target is module:
         return
-    for ours, theirs in zip(target.parameters(), module.parameters(), strict=True):
+    for (_, ours), theirs in zip(_named_tensors(target), module.parameters(), strict=True):
         theirs = theirs.detach().to(ours.dtype)  # before the gathering: half the bytes
-        ours.copy_(theirs.full_tensor() if is_sharded(theirs) else theirs)
+        _copy_part(ours, theirs.full_tensor() if is_sharded(theirs) else theirs)
+
+
+# What the ranks of a group share out (tensor parallelism, as in Megatron-LM, arXiv 1909.08053): of
+# these linear layers the rows, so that each rank has some of the heads and of the MLP's neurons,
+ROWS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+COLUMNS = ("o_proj", "down_proj")  # and of these the columns, whose outputs are then summed.
+
+
+def cut(module, ranks):
+    """Cut the layers of a transformer on meta, module.model, for this rank's group; returns module.
+
+    Embedding and head stay whole. Transformers' code runs unchanged: it takes the number of heads
+    from the shapes. Raises RunError for a model that cannot be cut (`check_cut`).
+    """
+    if ranks.group is None:
+        return module
+    check_cut(module.model, ranks.shards)
+    for name, layer in transformer_layers(module.model).named_modules():
+        name = name.rpartition(".")[2]
+        if name in ROWS:
+            placements = {"weight": Shard(0), "bias": Shard(0)}
+        elif name in COLUMNS:
+            placements = {"weight": Shard(1)}
+            layer.register_forward_hook(partial(_sum_over, ranks.group.get_group()))
+        else:
+            continue
+        layer.parts = (ranks.group, placements)
+        for kind, placement in placements.items():
+            if (p := getattr(layer, kind)) is not None:
+                part = p.chunk(ranks.shards, placement.dim)[0]
+                setattr(layer, kind, torch.nn.Parameter(torch.empty_like(part)))
+    return module
+
+
+def _sum_over(group, layer, inputs, output):
+    """The hook of a layer whose columns are cut: sum the outputs, of which each has the bias."""
+    if layer.bias is not None:
+        output -= layer.bias
+    dist.all_reduce(output, group=group)
+    return output if layer.bias is None else output + layer.bias
+
+
+def check_cut(model, shards):
+    """Raise RunError if a model's layers cannot be cut into so many parts."""
+    config = model.config
+    hint = f"--sampling_shards {shards}"
+    for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
+        if (size := getattr(config, name, None)) is None or size % shards:
+            raise RunError(f"{hint}: does not divide the model's {name} ({size})")
+    for name, p in transformer_layers(model)[0].named_parameters():
+        layer = name.split(".")[-2]
+        is_norm = p.dim() == 1 and layer not in ("q_norm", "k_norm")
+        of_a_head = len(p) == getattr(config, "head_dim", None)
+        if layer not in ROWS + COLUMNS and not is_norm and not of_a_head:
+            raise RunError(f"{hint}: {type(model).__name__} has {name}, which cannot be cut")
 
 
 def transformer_layers(model):
@@ -494,6 +639,45 @@ def transformer_layers(model):
         lists = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList)]
         layers = max(lists, key=len)
     return layers
+
+
+@torch.no_grad()
+def save_model(model, folder, ranks, dtype):
+    """Write a transformer's weights, sharded or not, as Hugging Face folders hold them.
+
+    So many tensors at a time as fit a file of FILE_BYTES are gathered and written by rank 0: no
+    host holds more. Every rank must call it. Raises RunError, on each, if they cannot be written.
+    """
+    files = [{}]
+    room = FILE_BYTES
+    for name, p in model.named_parameters():
+        size = p.numel() * dtype.itemsize
+        if size > room and files[-1]:
+            files.append({})
+            room = FILE_BYTES
+        files[-1][name] = p
+        room -= size
+    index = {"metadata": {"total_size": 0}, "weight_map": {}}
+    for number, parameters in enumerate(files, 1):
+        tensors = {}
+        for name, p in parameters.items():
+            p = p.to(dtype)
+            whole = p.full_tensor() if is_sharded(p) else p
+            if ranks.rank == 0:
+                tensors[name] = whole.cpu().contiguous()
+            index["metadata"]["total_size"] += whole.numel() * dtype.itemsize
+        of_all = f"-{number:05d}-of-{len(files):05d}" if len(files) > 1 else ""
+        path = Path(folder) / f"model{of_all}.safetensors"
+        index["weight_map"] |= dict.fromkeys(parameters, path.name)
+        ranks.on_rank_0(_save_file, tensors, path)
+    if len(files) > 1:
+        text = json.dumps(index, indent=1) + "\n"
+        ranks.on_rank_0(Path(folder, "model.safetensors.index.json").write_text, text)
+
+
+def _save_file(tensors, path):
+    with clear_errors(f"{path}: cannot be written"):
+        save_file(tensors, path, {"format": "pt"})
 
 
 def clip_gradients(module, max_norm):
@@ -710,11 +894,12 @@ class Progress:
     def interruptible(self):
         """Work that leaves the run as it is, so that it can be broken off anywhere: sampling, say.
 
-        Asked to stop, the run saves and raises Stopped, here. Inside, no rank may wait for others.
+        Asked to stop, the run saves and raises Stopped, here. Inside, no rank may wait for others;
+        where the ranks of a group do, sampling together, it is finished first.
         """
         self.stop_if_asked()
         try:
-            self.ranks.interruptible = True
+            self.ranks.interruptible = self.ranks.group is None
             yield
             self.ranks.interruptible = False  # here, where a last signal is still caught below
         except KeyboardInterrupt:
@@ -908,9 +1093,14 @@ def save_tensors(folder, tensors):
     """Write {name: tensor, sharded or not} to a folder of safetensors; each rank its own parts.
 
     torch.distributed.checkpoint with its Hugging Face storage: the default storage keeps its index
-    as a pickle. Raises RunError, on every rank, if any cannot write.
+    as a pickle. The writer has all of a file on the host, twice: so there is one for each layer, of
+    tensors whose names have the same number in them. Raises RunError, on every rank, if any cannot
+    write.
     """
-    writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    layers = [re.search(r"\.\d+\.|$", name)[0] for name in tensors]
+    numbers = {layer: number for number, layer in enumerate(dict.fromkeys(layers), 1)}
+    files = {name: numbers[layer] for name, layer in zip(tensors, layers, strict=True)}
+    writer = dcp.HuggingFaceStorageWriter(str(folder), files, save_distributed=True)
     with clear_errors(f"{folder}: cannot be written"):
         dcp.save(tensors, storage_writer=writer, no_dist=not dist.is_initialized())
 

@@ -503,7 +503,7 @@ class _TokenLogprobs(torch.autograd.Function):
         return torch.cat(grads), grad_weight, grad_bias, None, None, None, None
 
 
-# Of a chunk of positions: on the CPU it should fit the cache, on a GPU it should keep all of it busy.
+# Of a chunk of positions: few enough for a CPU's cache, enough to keep all of a GPU busy.
 LOGITS = {"cpu": 2**24, "cuda": 2**27}
 
 
@@ -583,11 +583,12 @@ MAX_TOKENS = 2**15  # of a training pass, where the memory has room for them
 CACHE_TOKENS = 2**17  # of the cache in `sample`, likewise
 
 
-def token_budgets(model, device, held, size, checkpointing=False):
+def token_budgets(model, device, held, size, checkpointing=False, shards=1):
     """[tokens of a training pass, tokens of the cache in `sample`] that a device has room for.
 
     held: bytes that this rank keeps for each parameter: weights, gradients, moments. size: bytes of
     a number in the computation. checkpointing: only the inputs of layers are kept for backward.
+    shards: ranks that share out the heads in sampling; the cache is that of all of them.
     An estimate: a training token keeps in each layer 6 states, 4 of the MLP's width, and 4 times
     queries and keys (docs/plan.py counts them). A quarter of the memory stays free, and of the rest
     the cache gets a quarter. At most MAX_TOKENS and CACHE_TOKENS, and the same on each start.
@@ -603,7 +604,8 @@ def token_budgets(model, device, held, size, checkpointing=False):
     room = 0.75 * device_memory(device) - held * sum(p.numel() for p in model.parameters())
     numbers = room / size / config.num_hidden_layers
     budgets = []
-    for tokens, most in ((numbers / kept, MAX_TOKENS), (numbers / 4 / (2 * keys), CACHE_TOKENS)):
+    cached = numbers / 4 / (2 * keys / shards)
+    for tokens, most in ((numbers / kept, MAX_TOKENS), (cached, CACHE_TOKENS * shards)):
         budgets.append(min(most, max(2**10, int(tokens) // 2**10 * 2**10)))
     return budgets
 
@@ -637,6 +639,20 @@ class Rollout:
     ended_N: torch.Tensor
     logprobs_A: torch.Tensor
     label_logits_AY: torch.Tensor | None
+
+    def part(self, prompts):
+        """The Rollout of some of the prompts, a slice of them."""
+        sizes = [len(group) for group in self.answers]
+        rows = slice(sum(sizes[: prompts.start]), sum(sizes[: prompts.stop]))
+        ends = [0, *self.lengths_N.cumsum(0).tolist()]
+        tokens = slice(ends[rows.start], ends[rows.stop])
+        return Rollout(
+            answers=self.answers[prompts],
+            lengths_N=self.lengths_N[rows],
+            ended_N=self.ended_N[rows],
+            logprobs_A=self.logprobs_A[tokens],
+            label_logits_AY=None if self.label_logits_AY is None else self.label_logits_AY[tokens],
+        )
 
 
 def uniforms(seed, step, rows, width):

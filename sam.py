@@ -153,9 +153,10 @@ def policy_loss(
                + KL term
 
     Statistics: a dict of sums over this call's tokens, float64 scalars on the device (reading them
-    would wait for it), which add up over micro-batches and ranks: tokens; approx_kl, 0.5 (log ratio)^2 between this policy and the one at the start of the
-    step; clipped, tokens whose gradient the clip stopped; mismatch, |trainer's minus sampler's
-    log-probability| at the start of the step; is_weight, the importance weights; ref_kl.
+    would wait for it), which add up over micro-batches and ranks: tokens; approx_kl, 0.5 (log
+    ratio)^2 between this policy and the one at the start of the step; clipped, tokens whose
+    gradient the clip stopped; mismatch, |trainer's minus sampler's log-probability| at the start of
+    the step; is_weight, the importance weights; ref_kl.
 
     The value is no measure of progress: without masking it starts near 0 by construction, since
     advantages are centred. Watch the reward.

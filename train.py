@@ -24,8 +24,10 @@ Shapes: P prompts, G answers a prompt, N = P * G answers, A tokens of all answer
 the other, K steps of an answer.
 """
 
+import copy
 import json
 import os
+import shutil
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -69,6 +71,9 @@ class Config:
     keep: int = setting(2, "checkpoints to keep, the newest", min=1)
     max_bad_steps: int = setting(3, "end after so many steps in a row that are not finite", min=1)
     timeout: int = setting(1800, "seconds that a rank waits for another before the job ends", min=1)
+    sampling_shards: int = setting(
+        1, "ranks that sample together, each with a part of the weights (1: each has a copy)", min=1
+    )
     activation_checkpointing: Literal["auto", "0", "1"] = setting(
         "auto", "keep only the inputs of layers for backward: less memory; auto: on CUDA"
     )
@@ -112,6 +117,7 @@ FREE = (
     "keep",
     "max_bad_steps",
     "timeout",
+    "sampling_shards",
     "activation_checkpointing",
 )
 
@@ -249,9 +255,10 @@ def set_budgets(config, skeleton, bf16, ranks):
     size = 2 if bf16 else 4
     held = (20 if config.kl_coef else 16) / ranks.world  # weights, gradients, moments
     if bf16 or ranks.world > 1:
-        held += size  # the sampling model
+        held += size / ranks.shards  # the sampling model
     device = ranks.device
-    budgets = rollout.token_budgets(skeleton, device, held, size, checkpointing(config, device))
+    keep_inputs = checkpointing(config, device)
+    budgets = rollout.token_budgets(skeleton, device, held, size, keep_inputs, ranks.shards)
     config.max_tokens = config.max_tokens or budgets[0]
     config.cache_tokens = config.cache_tokens or budgets[1]
 
@@ -260,6 +267,11 @@ def make_policy(source, seed, device):
     """A policy from a model folder or hub name, on a device, in float32."""
     model, _ = grm.load_model(source, device, seed=seed)
     return rollout.Policy(rollout.use_tree_attention(model))
+
+
+def make_sampling_policy(source, ranks, device):
+    """The same to sample from: cut, where ranks sample together."""
+    return parallel.cut(make_policy(source, None, device), ranks)
 
 
 def checkpointing(config, device):
@@ -277,21 +289,33 @@ def checkpoint_layers(model):
         layer.training = True
 
 
-def export(sampling_model, renderer, folder, max_new_tokens):
+def export(model, renderer, folder, max_new_tokens, dtype, ranks):
     """Write a Hugging Face folder that from_pretrained and serving engines load, with criteria.md.
 
-    In bf16 where the run computes so, else in float32.
+    Every rank must call it. dtype: of the weights.
     """
-    sampling_model.generation_config = GenerationConfig(
-        eos_token_id=renderer.eos_id,
-        pad_token_id=renderer.tokenizer.pad_token_id,
-        do_sample=False,
-        max_new_tokens=max_new_tokens,
-    )
-    with parallel.writing(folder) as unfinished:
-        sampling_model.save_pretrained(unfinished)
-        renderer.tokenizer.save_pretrained(unfinished)
-        renderer.task.save(unfinished)
+    unfinished = parallel.unfinished_path(folder)
+    try:
+        ranks.on_rank_0(describe_model, model, renderer, unfinished, max_new_tokens, dtype)
+        parallel.save_model(model, unfinished, ranks, dtype)
+        ranks.on_rank_0(parallel.put_in_place, unfinished, folder)
+    except parallel.RunError:
+        ranks.on_rank_0(shutil.rmtree, unfinished, True)  # True: whatever its errors
+        raise
+
+
+def describe_model(model, renderer, folder, max_new_tokens, dtype):
+    """Write all of a model's folder but its weights, into a new one."""
+    shutil.rmtree(folder, ignore_errors=True)
+    config = copy.deepcopy(model.config)
+    config.dtype = dtype
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(folder)
+    generation = {"eos_token_id": renderer.eos_id, "pad_token_id": renderer.tokenizer.pad_token_id}
+    generation |= {"do_sample": False, "max_new_tokens": max_new_tokens}
+    GenerationConfig(**generation).save_pretrained(folder)
+    renderer.tokenizer.save_pretrained(folder)
+    renderer.task.save(folder)
 
 
 # Stage 1: learn the form of the reasoning from demonstrations -------------------------------------
@@ -351,11 +375,10 @@ def rl(policy, sampling_model, optimizer, renderer, data, config, ranks, progres
 
         # 1. Draw pairs, of which each rank takes its share; sample a group of answers to each.
         batch = draw_pairs(stages, step, config)
-        share = ranks.share(len(batch))
-        mine = batch[share]
+        mine = batch[ranks.share(len(batch))]
         prompts = [record["prompt_ids"] for record in mine]
         with progress.interruptible():
-            sampled = sample_groups(sampling_model, renderer, prompts, step, share.start, config)
+            sampled = sample_share(sampling_model, renderer, batch, step, config, ranks)
         answers = sampled.answers
         sampled_at = time.perf_counter()
 
@@ -442,20 +465,22 @@ def draw_pairs(stages, step, config):
     return parallel.epoch_batch(members, config.prompts_per_step, step - first, config.seed, 1)
 
 
-def sample_groups(sampling_model, renderer, prompts, step, first_prompt, config):
-    """A rollout.Rollout; first_prompt: the number of this rank's first prompt in the step."""
-    return rollout.sample(
+def sample_share(sampling_model, renderer, batch, step, config, ranks):
+    """The rollout.Rollout of this rank's share of a batch; the ranks of a group sample together."""
+    joint = ranks.group_share(len(batch))
+    sampled = rollout.sample(
         sampling_model,
-        prompts,
+        [record["prompt_ids"] for record in batch[joint]],
         group_size=config.group_size,
         max_new_tokens=config.max_new_tokens,
         eos_id=renderer.eos_id,
         temperature=config.temperature,
         seed=config.seed,
         step=step,
-        first_row=first_prompt * config.group_size,
+        first_row=joint.start * config.group_size,
         cache_tokens=config.cache_tokens,
     )
+    return sampled.part(ranks.own_part(len(batch)))
 
 
 def reward_groups(batch, traces, device):
@@ -493,7 +518,8 @@ def make_reference(policy, config, ranks):
     fine_tuned = Path(config.out) / "sft"
     source = fine_tuned if fine_tuned.exists() else config.model
     bf16 = parallel.chosen_bf16(config.bf16, ranks.device, policy.model.config.hidden_size)
-    reference = parallel.shard(partial(make_policy, source, config.seed), ranks, bf16)
+    make = partial(make_policy, source, config.seed)
+    reference = parallel.shard(make, ranks, bf16, source)
     return reference.requires_grad_(False)
 
 
@@ -553,7 +579,7 @@ def log_samples(progress, batch, sampled, traces, credit_A, renderer):
 
 
 def evaluate(sampling_model, renderer, data, config, ranks, progress):
-    """Metrics of greedy answers, {test set: metrics}; each rank judges its share."""
+    """Metrics of greedy answers, {test set: metrics}; each group of ranks judges its share."""
     started = time.perf_counter()
     engine = rollout.Engine(
         sampling_model,
@@ -566,9 +592,10 @@ def evaluate(sampling_model, renderer, data, config, ranks, progress):
     scores = {}
     figures = {}
     for name, records in tests_of(data).items():
-        mine = records[ranks.share(len(records))]
+        mine = records[ranks.group_share(len(records))]
         with progress.interruptible():
             judged = grm.judge(renderer, engine, mine) if mine else []
+        judged = judged[ranks.own_part(len(records))]
         predictions = [prediction for part in ranks.gather_json(judged) for prediction in part]
         scores[name] = grm.metrics(renderer.task, records, predictions)
         figures |= {f"{name}/{key}": scores[name][key] for key in ("accuracy", "macro_f1")}
@@ -636,7 +663,7 @@ def main():
     hf_logging.disable_progress_bar()
     config = parse_config()
     out = Path(config.out)
-    ranks = parallel.Ranks(config.timeout)
+    ranks = parallel.Ranks(config.timeout, config.sampling_shards)
     settings = asdict(config)
     settings["inputs"] = ranks.on_rank_0(parallel.hash_inputs, [config.task, config.model])
     progress = parallel.Progress(
@@ -656,6 +683,8 @@ def main():
     bf16 = parallel.chosen_bf16(config.bf16, ranks.device, skeleton.config.hidden_size)
     context = skeleton.config.max_position_embeddings
     renderer = grm.Renderer(task, tokenizer, context, config.max_new_tokens)
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    parallel.check_cut(skeleton, ranks.shards)
     set_budgets(config, skeleton, bf16, ranks)
     data = load_data(config, task, renderer)
     parallel.announce(ranks, bf16, skeleton, data, out)
@@ -663,7 +692,7 @@ def main():
     parallel.print0(f"budgets     {budgets}")
 
     make = partial(make_policy, config.model, config.seed)
-    policy = parallel.shard(make, ranks, bf16)
+    policy = parallel.shard(make, ranks, bf16, config.model)
     if checkpointing(config, ranks.device):
         checkpoint_layers(policy.model)
     optimizer = torch.optim.AdamW(
@@ -672,7 +701,8 @@ def main():
     progress.start(policy, optimizer)
     if progress.saved is None and not grm.has_weights(config.model):
         parallel.print0(f"{config.model}: holds no weights; fresh ones, of seed {config.seed}")
-    sampling_model = parallel.whole_copy(make, policy, ranks, bf16).model
+    make_sampling = partial(make_sampling_policy, config.model, ranks)
+    sampling_model = parallel.sampling_copy(make_sampling, policy, ranks, bf16).model
     ranks.stop_on_signals()
 
     if progress.stage == "sft":
@@ -680,7 +710,7 @@ def main():
         if "sft" in data and config.sft_steps:
             name = "sft"
             sft(policy, sampling_model, optimizer, data, config, ranks, progress)
-            ranks.on_rank_0(export, sampling_model, renderer, out / "sft", config.max_new_tokens)
+            export(policy.model, renderer, out / "sft", config.max_new_tokens, dtype, ranks)
         else:
             parallel.print0("no SFT: reinforcing the model as it is")
         scores = evaluate(sampling_model, renderer, data, config, ranks, progress)
@@ -690,7 +720,7 @@ def main():
         rl(policy, sampling_model, optimizer, renderer, data, config, ranks, progress)
         scores = evaluate(sampling_model, renderer, data, config, ranks, progress)
         progress.summary["rl"] = scores
-    ranks.on_rank_0(export, sampling_model, renderer, out / "model", config.max_new_tokens)
+    export(policy.model, renderer, out / "model", config.max_new_tokens, dtype, ranks)
 
     if ranks.rank == 0:
         progress.save_summary()

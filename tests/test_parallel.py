@@ -82,6 +82,8 @@ def assert_same(a, b):
 @pytest.mark.parametrize("ranks,flags", [
     (2, ["--max_tokens=700"]),  # 3 prompts and 2: ranks have micro-batches of different numbers
     (4, ["--activation_checkpointing=1"]),
+    (2, ["--sampling_shards=2"]),
+    (4, ["--sampling_shards=2", "--max_tokens=700"]),
 ])  # fmt: skip
 def test_ranks_change_nothing_but_rounding(straight, task, tmp_path, ranks, flags):
     """LESSONS 7, 12: the same batches, answers, losses, norms and metrics, whatever shares of them a rank has."""

@@ -297,13 +297,13 @@ def test_a_setting_arrives(tasks, tmp_path, monkeypatch, unchanged, stage, base,
 @pytest.mark.parametrize("stage", [{"rl_steps": 0}, {"sft_steps": 0, "rl_steps": 1}], ids=["sft", "rl"])
 def test_the_sampling_model_follows_the_master_weights(tasks, tmp_path, monkeypatch, stage):
     """On CUDA it is a bfloat16 copy; here it is made on CPU, and must follow every update of both stages."""
-    made, whole_copy = [], parallel.whole_copy
+    made, sampling_copy = [], parallel.sampling_copy
 
     def bf16_copy(make, policy, ranks, bf16):
-        made.append((policy, whole_copy(make, policy, ranks, bf16=True)))
+        made.append((policy, sampling_copy(make, policy, ranks, bf16=True)))
         return made[0][1]
 
-    monkeypatch.setattr(parallel, "whole_copy", bf16_copy)
+    monkeypatch.setattr(parallel, "sampling_copy", bf16_copy)
     run(monkeypatch, train, tasks["rl"], tmp_path / "out", REINFORCED | {"sft_lr": 1e-2} | stage)
     (policy, copied), fresh = made[0], grm.load_model(NOTES / "model", "cpu", seed=REINFORCED["seed"])[0]
     buffers = [x.dtype for x in copied.buffers()]
