@@ -1,6 +1,6 @@
 """When does credit by step pay? Rules of credit x number of steps x size of the groups x seeds.
 
-    python docs/credit.py --out runs/credit            # all of it: about five hours on 2 cores
+    python docs/credit.py --out runs/credit            # all of it: about four hours on 2 cores
     python docs/credit.py --out runs/credit --groups 8 --seeds 0 1 2     # a piece; others add to it
     python docs/credit.py --out runs/credit --seeds                 # only the table and pictures
 

@@ -153,24 +153,28 @@ def distil(out, tasks, minilm, seed, threads):
         run(folder, threads, *base, *cache, *flags, script="distill.py")
 
 
-def choose(out, tasks, models, form, threads):
-    """Run all that the settings of a form are chosen from, with seed 0."""
-    base = ["--task", tasks[form], *BUDGETS]
-    for name, flags in SFT_CHOICES.items():
-        start = ["--model", models / "smollm2", "--rl_steps", 0]
-        run(folder_of(out, form, 0, f"SFT, {name}"), threads, *base, *start, *flags)
-    tuned = folder_of(out, form, 0, f"SFT, {CHOSEN['sft']}") / "sft"
-    for name, flags in RL_CHOICES.items():
-        start = ["--model", tuned, "--sft_steps", 0, "--rule", "none", *RL[form]]
-        run(folder_of(out, form, 0, f"RL, {name}"), threads, *base, *start, *flags)
-
-
-def choose_student(out, task, minilm, threads):
-    """Run all that the student's settings are chosen from: on gold labels, with seed 0."""
-    base = ["--task", task, "--student", minilm, *BUDGETS, *STUDENTS["MiniLM, gold labels"]]
+def choose(out, tasks, models, forms, jobs, threads):
+    """Run all that the settings are chosen from, with seed 0."""
+    calls = []
+    for form in forms:
+        for name, flags in SFT_CHOICES.items():
+            start = ["--task", tasks[form], "--model", models / "smollm2", "--rl_steps", 0]
+            start += BUDGETS
+            calls.append((run, folder_of(out, form, 0, f"SFT, {name}"), threads, *start, *flags))
+    run_all(jobs, calls)
+    calls = []
+    for form in forms:
+        tuned = folder_of(out, form, 0, f"SFT, {CHOSEN['sft']}") / "sft"
+        for name, flags in RL_CHOICES.items():
+            start = ["--task", tasks[form], "--model", tuned, "--sft_steps", 0, "--rule", "none"]
+            flags = [*start, *BUDGETS, *RL[form], *flags]
+            calls.append((run, folder_of(out, form, 0, f"RL, {name}"), threads, *flags))
+    run_all(jobs, calls)
     for name, flags in STUDENT_CHOICES.items():
         folder = folder_of(out, "student", 0, name)
-        run(folder, threads, *base, *flags, script="distill.py")
+        start = ["--task", tasks["label"], "--student", models / "minilm"]
+        start += STUDENTS["MiniLM, gold labels"]
+        run(folder, jobs * threads, *start, *BUDGETS, *flags, script="distill.py")
 
 
 # What came out ------------------------------------------------------------------------------------
@@ -314,9 +318,7 @@ def main():
     tasks = make_tasks(source, out, args.models / "smollm2")
     minilm = args.models / "minilm"
     if args.choose:
-        calls = [(choose, out, tasks, args.models, form, threads) for form in args.forms]
-        calls.append((choose_student, out, tasks["label"], minilm, threads))
-        run_all(args.jobs, calls)
+        choose(out, tasks, args.models, args.forms, args.jobs, threads)
         text = table_of_choices(out)
     elif args.seeds:
         smollm2 = args.models / "smollm2"
