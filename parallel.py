@@ -484,11 +484,8 @@ def fill(module, make, ranks, source=None):
     model = module.model
     module.to_empty(device=ranks.device)
     model.tie_weights()  # to_empty forgets which are the same
-    if source and ranks.on_rank_0(_has_weights_of, source, model):
+    if source and ranks.on_rank_0(_has_weights_of, source, model) and _init_buffers(model):
         load_tensors(source, dict(_named_tensors(model)))
-        for part in model.modules():
-            if next(part.buffers(recurse=False), None) is not None:
-                model._init_weights(part)  # rotary frequencies, which no file holds
         bad = [name for name, p in model.named_parameters() if not _local(p).isfinite().all()]
         for names in ranks.gather_json(bad):
             if names:
@@ -505,6 +502,22 @@ def fill(module, make, ranks, source=None):
         if dist.is_initialized():
             dist.broadcast(whole, 0)
         _copy_part(x, whole)
+
+
+def _init_buffers(model):
+    """Whether transformers could compute all buffers, as rotary frequencies, which no file holds.
+
+    Parameters of the same modules are initialised too: read the weights afterwards.
+    """
+    for part in model.modules():
+        buffers = [*part.buffers(recurse=False)]
+        if not all(x.is_floating_point() for x in buffers):
+            return False
+        for x in buffers:
+            x.fill_(math.nan)
+        if buffers:
+            model._init_weights(part)
+    return not any(x.isnan().any() for x in model.buffers())
 
 
 def _has_weights_of(folder, model):

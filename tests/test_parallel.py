@@ -19,7 +19,14 @@ import pytest
 import torch
 from conftest import NOTES, ROOT
 from safetensors.torch import load_file
-from transformers import BertConfig, BertForSequenceClassification, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BertConfig,
+    BertForSequenceClassification,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 import parallel
 
@@ -47,9 +54,9 @@ def start(out, *flags, faults=()):
     return subprocess.Popen(list(map(str, command)), env=environment, **output)
 
 
-def run(out, ranks, *flags, program=("train", *FLAGS), code=0, **settings):
+def run(out, ranks, *flags, program=("train", *FLAGS), script="faulty.py", code=0, **settings):
     """What a program printed, which must end with the exit code."""
-    got, text, _ = forked.run([HERE / "faulty.py", *program, f"--out={out}", *flags], ranks, **settings)
+    got, text, _ = forked.run([HERE / script, *program, f"--out={out}", *flags], ranks, **settings)
     assert got == code, text
     return text
 
@@ -89,6 +96,34 @@ def test_ranks_change_nothing_but_rounding(straight, task, tmp_path, ranks, flag
     """LESSONS 7, 12: the same batches, answers, losses, norms and metrics, whatever shares of them a rank has."""
     run(tmp_path / "out", ranks, f"--task={task}", *flags)
     assert_same(straight, tmp_path / "out")
+
+
+def test_cut_models_sample_what_whole_ones_do(tmp_path):
+    """A head, a neuron or a bias that two ranks have, or none: by architecture, read, sent and refreshed."""
+    text = run(tmp_path / "out", 2, program=[], script="shards.py")
+    assert text.count("the same") == 2 * 5, text
+
+
+@pytest.mark.parametrize("model,message", [
+    ({"num_key_value_heads": 2}, "--sampling_shards 4: does not divide the model's num_key_value_heads (2)"),
+    ({"model_type": "phi3"}, "Phi3ForCausalLM has self_attn.qkv_proj.weight, which cannot be cut"),
+    ({"model_type": "olmo2"}, "Olmo2ForCausalLM has self_attn.q_norm.weight, which cannot be cut"),
+    ({"intermediate_size": 50}, "does not divide the model's intermediate_size (50)"),
+])  # fmt: skip
+def test_models_that_cannot_be_cut_are_refused_by_name(model, message):
+    """Parts of heads, or a norm over heads that lie on several ranks."""
+    settings = {"model_type": "qwen3", "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4} | model
+    settings = {"num_key_value_heads": 4, "head_dim": 8, "num_hidden_layers": 1, "vocab_size": 9, "pad_token_id": 0} | settings
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings))
+    with pytest.raises(parallel.RunError, match=re.escape(message)):
+        parallel.check_cut(skeleton, 4)
+
+
+def test_sampling_shards_divide_the_ranks(task, tmp_path):
+    """Groups of which one has too few ranks wait for ever."""
+    text = run(tmp_path / "out", 1, f"--task={task}", "--sampling_shards=2", code=1)
+    assert text.strip() == "--sampling_shards 2: does not divide the 1 ranks"
 
 
 def test_extras_on_two_ranks(task, tmp_path):
@@ -247,7 +282,7 @@ def test_checkpoints_that_do_not_fit_are_refused(task, tmp_path, monkeypatch):
         file.write_bytes(whole)
 
     checkpoint = out / "checkpoints" / "000003"
-    (shard,) = checkpoint.glob("*.safetensors")
+    shard = min(checkpoint.glob("*.safetensors"))
     (weights,) = (own / "model").glob("*.safetensors")
     other = f"{out}: holds another run"
     refused(rf"{other} \(other contents", own / "train.jsonl", lambda old: old + (task / "test_random.jsonl").read_bytes())
