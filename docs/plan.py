@@ -11,13 +11,17 @@ Shapes: H attention heads, K key-value heads, S tokens, D head size.
 import argparse
 import sys
 from functools import cache
+from itertools import product
 from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import parallel
 import rollout
+
+CUDA_CONTEXT = 2.5e9  # bytes that CUDA, its libraries and nccl take of each GPU; an estimate
 
 
 class _KeptByAttention(torch.autograd.Function):
@@ -75,15 +79,17 @@ def memory_plan(
     ranks=1,
     max_tokens=rollout.MAX_TOKENS,
     cache_tokens=rollout.CACHE_TOKENS,
-    activation_checkpointing=False,
+    max_new_tokens=512,
+    sampling_shards=1,
+    activation_checkpointing=True,
     kl=False,
     bf16=True,
 ):
     """What each rank will hold, {what: bytes}, with "peak".
 
-    model: on meta, in float32, under tree attention. max_tokens, cache_tokens: taken as used up.
-    kl: with a frozen reference model. bf16: as on GPUs, which compute and sample in bfloat16;
-    False: as on the CPU.
+    model: on meta, in float32, under tree attention. max_tokens, cache_tokens: taken as used up, by
+    answers of max_new_tokens. kl: with a frozen reference model. bf16: as on GPUs, which compute
+    and sample in bfloat16 under FSDP, one alone too; False: as on the CPU.
     """
     config = model.config
     size = 2 if bf16 else 4  # bytes of a number in the computation
@@ -95,23 +101,24 @@ def memory_plan(
     token = bytes_per_token(model, bf16)
     layer_token = token / len(layers)
 
+    is_sharded = bf16 or ranks > 1
     # Of the reference, FSDP gathers the root once: without a backward pass it is never freed.
-    reference = 4 * total / ranks + (size * root if ranks > 1 else 0)
+    reference = 4 * total / ranks + (size * root if is_sharded else 0)
+    copy = size * (root + sum(layers) / sampling_shards)
     always = {
         "master weights (float32)": 4 * total / ranks,
         "optimizer (two moments, float32)": 8 * total / ranks,
-        "sampling copy": size * total if bf16 or ranks > 1 else 0,
+        "sampling copy": copy if is_sharded else 0,
         "reference model": reference if kl else 0,
+        "CUDA": CUDA_CONTEXT if bf16 else 0,
     }
     if activation_checkpointing:
         activations = size * config.hidden_size * len(layers) * max_tokens  # inputs of layers
     else:
         activations = token * max_tokens
-    if ranks > 1:
-        # Root, this layer and the next; of one layer, gradients before and after their reduction.
-        gathered = size * (root + 2 * layer) + (4 + size) * layer
-    else:
-        gathered = size * total if bf16 else 0  # autocast's copies
+    # Root, this layer and the next; of one layer, gradients before and after their reduction, and
+    # those that another layer's reduction still reads.
+    gathered = size * (root + 2 * layer) + (8 + size) * layer if is_sharded else 0
     logits = rollout.LOGITS["cuda" if bf16 else "cpu"]
     chunk = 3 * 4 * min(logits, max_tokens * config.vocab_size)
     backward = 1.3 * layer_token * max_tokens  # of one layer; 1.3 is fitted to tests/peak.py
@@ -122,13 +129,16 @@ def memory_plan(
         "logits, gradients on their way": max(chunk, backward) + 2 * size * root,
     }
     per_token = len(layers) * 2 * config.num_key_value_heads * head_dim * size
+    rows = cache_tokens / max_new_tokens
     sampling = {
-        "key-value cache": per_token * cache_tokens,
+        "key-value cache": per_token * cache_tokens / sampling_shards,
         "prefill": layer_token * rollout.PREFILL_TOKENS,
+        "logits of a decoding step": (size + 8) * rows * config.vocab_size,
     }
     moments = [
         sum(update.values()),
-        sum(sampling.values()),  # without gradients: an optimizer step ends with clearing them
+        # Without gradients: an optimizer step ends with clearing them.
+        sum(sampling.values()),
         2 * update["gradients (float32)"] if bf16 else 0,  # AdamW's temporaries on CUDA
     ]
     peak = sum(always.values()) + max(moments)
@@ -151,21 +161,32 @@ def load_skeleton(source):
 
 
 def remedy(model, settings, limit):
-    """What makes it fit, in words, or None: checkpointing, then smaller budgets, then more GPUs."""
-    for times in (1, 2, 4, 8, 16, 32):
-        for share in (1, 2, 4, 8):
-            changed = settings | {"activation_checkpointing": True}
-            flags = ["--activation_checkpointing"]
-            if share > 1:
-                for name in ("max_tokens", "cache_tokens"):
-                    changed[name] = settings[name] // share
-                    flags.append(f"--{name} {changed[name]}")
-            if times > 1:
-                changed["ranks"] = settings["ranks"] * times
-                flags.append(f"on {changed['ranks']} GPUs")
-            if memory_plan(model, **changed)["peak"] <= limit:
-                return " ".join(flags)
+    """What makes it fit, in words, or None: checkpointing, sampling from shards, smaller budgets,
+    then more GPUs.
+    """
+    for times, share, shards in product((1, 2, 4, 8, 16, 32), (1, 2, 4, 8), (1, 2, 4, 8)):
+        ranks = settings["ranks"] * times
+        if ranks % shards or not can_be_cut(model, shards):
+            continue
+        changed = settings | {"activation_checkpointing": True, "ranks": ranks}
+        changed["sampling_shards"] = shards
+        for name in ("max_tokens", "cache_tokens"):
+            changed[name] = settings[name] // share
+        if memory_plan(model, **changed)["peak"] <= limit:
+            differing = {name: x for name, x in changed.items() if settings[name] != x}
+            differing.pop("ranks", None)
+            flags = [f"--{name} {int(x)}" for name, x in differing.items()]
+            return " ".join([*flags, f"on {ranks} GPUs"])
     return None
+
+
+def can_be_cut(model, shards):
+    """Whether ranks can sample from so many parts of a model."""
+    try:
+        parallel.check_cut(model, shards)
+    except parallel.RunError:
+        return shards == 1
+    return True
 
 
 def parse_args():
@@ -182,10 +203,12 @@ def parse_args():
         "--max_tokens", type=int, default=rollout.MAX_TOKENS, help="as of train.py, like the next"
     )
     parser.add_argument("--cache_tokens", type=int, default=rollout.CACHE_TOKENS)
-    parser.add_argument("--activation_checkpointing", action="store_true")
+    parser.add_argument("--max_new_tokens", type=int, default=512)
+    parser.add_argument("--sampling_shards", type=int, default=1)
+    parser.add_argument("--activation_checkpointing", type=int, choices=(0, 1), default=1)
     parser.add_argument("--kl", action="store_true", help="with --kl_coef: a reference model")
     args = parser.parse_args()
-    for name in ("gpus", "gpu_gb", "max_tokens", "cache_tokens"):
+    for name in ("gpus", "gpu_gb", "max_tokens", "cache_tokens", "max_new_tokens"):
         if not getattr(args, name) > 0:
             parser.error(f"--{name} {getattr(args, name)}: must be above 0")
     return args
@@ -203,7 +226,9 @@ def main():
         "ranks": args.gpus,
         "max_tokens": args.max_tokens,
         "cache_tokens": args.cache_tokens,
-        "activation_checkpointing": args.activation_checkpointing,
+        "max_new_tokens": args.max_new_tokens,
+        "sampling_shards": args.sampling_shards,
+        "activation_checkpointing": bool(args.activation_checkpointing),
         "kl": args.kl,
     }
     limit = args.gpu_gb * 1e9
@@ -217,11 +242,7 @@ def main():
     elif flags := remedy(model, settings, limit):
         print(f"does not fit; this does: {flags}")
     else:
-        copy = plan["sampling copy"] / 1e9
-        print(
-            "does not fit on any number of such GPUs: "
-            f"each samples from a whole copy of {copy:.1f} GB"
-        )
+        print("does not fit on any number of such GPUs")
 
 
 if __name__ == "__main__":

@@ -436,7 +436,8 @@ def test_distillation_on_two_ranks(task, tmp_path, flags):
     flags = [*flags, f"--teacher={task / 'model'}", f"--task={task}", "--max_new_tokens=8", "--steps=5", "--batch=7"]
     for ranks in (1, 2):
         budget = f"--max_tokens={1000 // ranks}"
-        run(tmp_path / str(ranks), ranks, *flags, budget, f"--cache={tmp_path / 'cache'}{ranks}", program=["distill"])
+        shards = f"--sampling_shards={ranks if flags[1] == '--loss=label' else 1}"
+        run(tmp_path / str(ranks), ranks, *flags, budget, shards, f"--cache={tmp_path / 'cache'}{ranks}", program=["distill"])
     one, two = (lines(tmp_path / ranks) for ranks in "12")
     assert len(one) == 5 and any(r["loss"] > 0 for r in one)
     for a, b in zip(one, two, strict=True):
@@ -468,10 +469,12 @@ def test_plan_prints_what_to_change(tmp_path, monkeypatch, capsys):
         runpy.run_path(str(ROOT / "docs" / "plan.py"), run_name="__main__")
         return capsys.readouterr().out
 
-    assert "does not fit; this does: --activation_checkpointing\n" in plan("--gpus=8", "--gpu_gb=80", "--cache_tokens=131072")
-    assert plan("--gpus=8", "--gpu_gb=80", "--activation_checkpointing").endswith("\nfits\n")
-    assert "--max_tokens 16384 --cache_tokens 65536\n" in plan("--gpus=8", "--gpu_gb=50")
-    assert "does not fit on any number" in plan("--gpus=8", "--gpu_gb=15")
+    hint = "does not fit; this does: --activation_checkpointing 1 on 8 GPUs\n"
+    assert hint in plan("--gpus=8", "--gpu_gb=80", "--activation_checkpointing=0")
+    assert plan("--gpus=8", "--gpu_gb=80").endswith("\nfits\n")
+    assert "this does: --sampling_shards 4 on 8 GPUs\n" in plan("--gpus=8", "--gpu_gb=50")
+    assert "this does: --max_tokens 16384 --cache_tokens 65536 --sampling_shards 4 on 8 GPUs" in plan("--gpus=8", "--gpu_gb=40")
+    assert "does not fit on any number" in plan("--gpus=8", "--gpu_gb=9")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json"]
     with pytest.raises(SystemExit, match="--model"):
         plan("--model=/nowhere")
