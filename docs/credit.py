@@ -56,8 +56,8 @@ def run(out, threads, *flags, script="train.py"):
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     with open(f"{out}.log", "w") as log:
         code = subprocess.run(command, stdout=log, stderr=log, env=environment).returncode
-    if code:
-        sys.exit(f"{out}: failed, see {out}.log")
+    if code or not (out / "summary.json").exists():
+        sys.exit(f"{out}: failed or stopped, see {out}.log")
 
 
 def run_all(jobs, calls):
