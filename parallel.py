@@ -28,7 +28,6 @@ import io
 import json
 import math
 import os
-import re
 import shutil
 import signal
 import sys
@@ -50,7 +49,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from tqdm import tqdm
 
 SAVE_SECONDS = 600  # between checkpoints, where no number of steps is given
-FILE_BYTES = 2**30  # of a file of weights, unless one tensor is larger
+FILE_BYTES = 2**28  # of a file of weights, unless one tensor is larger
 LINE_SECONDS = 30  # between lines of progress, where the output is no terminal
 # Files that a run reads and writes; what else lies in a folder is not looked at.
 SUFFIXES = (".json", ".jsonl", ".jinja", ".md", ".model", ".safetensors", ".txt")
@@ -661,31 +660,40 @@ def save_model(model, folder, ranks, dtype):
     So many tensors at a time as fit a file of FILE_BYTES are gathered and written by rank 0: no
     host holds more. Every rank must call it. Raises RunError, on each, if they cannot be written.
     """
-    files = [{}]
-    room = FILE_BYTES
-    for name, p in model.named_parameters():
-        size = p.numel() * dtype.itemsize
-        if size > room and files[-1]:
-            files.append({})
-            room = FILE_BYTES
-        files[-1][name] = p
-        room -= size
-    index = {"metadata": {"total_size": 0}, "weight_map": {}}
-    for number, parameters in enumerate(files, 1):
+    parameters = dict(model.named_parameters())
+    sizes = {name: p.numel() * dtype.itemsize for name, p in parameters.items()}
+    numbers = _file_numbers(sizes)
+    count = max(numbers.values())
+    names = {}
+    for number in range(1, count + 1):
         tensors = {}
-        for name, p in parameters.items():
-            p = p.to(dtype)
+        of_all = f"-{number:05d}-of-{count:05d}" if count > 1 else ""
+        path = Path(folder) / f"model{of_all}.safetensors"
+        for name in [name for name in parameters if numbers[name] == number]:
+            names[name] = path.name
+            p = parameters[name].to(dtype)
             whole = p.full_tensor() if is_sharded(p) else p
             if ranks.rank == 0:
                 tensors[name] = whole.cpu().contiguous()
-            index["metadata"]["total_size"] += whole.numel() * dtype.itemsize
-        of_all = f"-{number:05d}-of-{len(files):05d}" if len(files) > 1 else ""
-        path = Path(folder) / f"model{of_all}.safetensors"
-        index["weight_map"] |= dict.fromkeys(parameters, path.name)
         ranks.on_rank_0(_save_file, tensors, path)
-    if len(files) > 1:
+    if count > 1:
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": names}
         text = json.dumps(index, indent=1) + "\n"
         ranks.on_rank_0(Path(folder, "model.safetensors.index.json").write_text, text)
+
+
+def _file_numbers(sizes):
+    """{name: number of its file, from 1} of {name: bytes}: in order, each file full in its turn."""
+    numbers = {}
+    number = 1
+    used = 0
+    for name, size in sizes.items():
+        if used and used + size > FILE_BYTES:
+            number += 1
+            used = 0
+        used += size
+        numbers[name] = number
+    return numbers
 
 
 def _save_file(tensors, path):
@@ -1106,13 +1114,11 @@ def save_tensors(folder, tensors):
     """Write {name: tensor, sharded or not} to a folder of safetensors; each rank its own parts.
 
     torch.distributed.checkpoint with its Hugging Face storage: the default storage keeps its index
-    as a pickle. The writer has all of a file on the host, twice: so there is one for each layer, of
-    tensors whose names have the same number in them. Raises RunError, on every rank, if any cannot
-    write.
+    as a pickle. The writer has all of a file in memory, twice: so there are several. Raises
+    RunError, on every rank, if any cannot write.
     """
-    layers = [re.search(r"\.\d+\.|$", name)[0] for name in tensors]
-    numbers = {layer: number for number, layer in enumerate(dict.fromkeys(layers), 1)}
-    files = {name: numbers[layer] for name, layer in zip(tensors, layers, strict=True)}
+    sizes = {name: _local(x).numel() * x.dtype.itemsize for name, x in tensors.items()}
+    files = _file_numbers(sizes)
     writer = dcp.HuggingFaceStorageWriter(str(folder), files, save_distributed=True)
     with clear_errors(f"{folder}: cannot be written"):
         dcp.save(tensors, storage_writer=writer, no_dist=not dist.is_initialized())
