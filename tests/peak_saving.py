@@ -15,8 +15,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import parallel
 import rollout
 
-SIZES = {"vocab_size": 151936, "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24,
-         "num_attention_heads": 14, "num_key_value_heads": 2, "tie_word_embeddings": True, "max_position_embeddings": 512}  # fmt: skip
+SIZES = {
+    "vocab_size": 151936,
+    "hidden_size": 896,
+    "intermediate_size": 4864,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 14,
+}
+SIZES |= {"num_key_value_heads": 2, "tie_word_embeddings": True, "max_position_embeddings": 512}
 
 
 def make(device):
