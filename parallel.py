@@ -279,7 +279,8 @@ class Ranks:
             )
         if self.world % sampling_shards:
             raise RunError(
-                f"--sampling_shards {sampling_shards}: does not divide the {self.world} ranks"
+                f"--sampling_shards {sampling_shards}: does not divide the number of ranks, "
+                f"{self.world} (torchrun --nproc-per-node)"
             )
         if self.world > 1:
             self.form_mesh()

@@ -244,7 +244,7 @@ def draw_differences(out, path):
                 style = {"marker": "o", "markersize": 4, "capsize": 3, "color": COLORS[rule]}
                 axis.errorbar(x, means, errors, label=rule, **style)
             axis.set(title=f"{title}, groups of {group}", xlabel="steps of an answer")
-            axis.set(ylabel="less plain GRPO's", xticks=[1, *STEPS])
+            axis.set(ylabel="minus plain GRPO's", xticks=[1, *STEPS])
             axis.grid(alpha=0.3)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
     figure.savefig(path, dpi=100)

@@ -123,7 +123,7 @@ def test_models_that_cannot_be_cut_are_refused_by_name(model, message):
 def test_sampling_shards_divide_the_ranks(task, tmp_path):
     """Groups of which one has too few ranks wait for ever."""
     text = run(tmp_path / "out", 1, f"--task={task}", "--sampling_shards=2", code=1)
-    assert text.strip() == "--sampling_shards 2: does not divide the 1 ranks"
+    assert text.strip() == "--sampling_shards 2: does not divide the number of ranks, 1 (torchrun --nproc-per-node)"
 
 
 def test_extras_on_two_ranks(task, tmp_path):
