@@ -881,9 +881,7 @@ def check_vocabularies(teacher, student, loss):
 
 def student_maker(config, task, teacher):
     """What builds the student on a device: the kind that its folder and the loss ask for."""
-    folder = Path(config.student)
-    if folder.is_dir():
-        grm.check_model_folder(folder)
+    grm.check_source(config.student)
     with grm.blaming(f"--student {config.student}: cannot be loaded"):
         model_config = AutoConfig.from_pretrained(config.student, trust_remote_code=False)
     is_causal = any(name.endswith("ForCausalLM") for name in model_config.architectures or [])
@@ -912,12 +910,12 @@ def train(student, sampling_student, optimizer, pairs, config, ranks, progress):
 
         student.train()
         denominator = ranks.sum(student.weight(mine))
-        loss = 0.0
+        loss = torch.zeros((), dtype=torch.float64, device=ranks.device)
         for part in ranks.equalize(student.micro_batches(mine), slice(0, 0)):
             part_loss = student(mine[part], denominator)
             part_loss.backward()
-            loss += part_loss.item()
-        loss = ranks.sum(loss)
+            loss += part_loss.detach()
+        loss = ranks.sum(loss.item())  # one transfer from the device
         lr = parallel.learning_rate(config.lr, step, config.steps, final=0.0)
         grad_norm = progress.optimizer_step(student, optimizer, loss, lr)
         if config.on_policy:
@@ -959,8 +957,7 @@ def evaluate(task, judge, tests, ranks, progress):
         with progress.interruptible():
             for i in range(0, len(mine), 256):  # so that memory does not grow with the test set
                 judged += judge.predict(mine[i : i + 256])
-        judged = judged[ranks.own_part(len(pairs))]
-        predictions = [prediction for part in ranks.gather_json(judged) for prediction in part]
+        predictions = ranks.gather_groups(judged, len(pairs))
         scores[name] = grm.metrics(task, pairs, predictions) | cost
     return scores
 

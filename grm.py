@@ -847,11 +847,7 @@ def load_model(source, device=None, dtype=torch.float32, seed=None):
     Raises TaskError for a folder without config, tokenizer or weights, with pickled weights, or
     with tensors that are missing, left over or not finite.
     """
-    folder = Path(source)
-    if folder.is_dir():
-        check_model_folder(folder)
-    elif folder.exists() or str(source).startswith((".", "/")) or str(source).count("/") > 1:
-        raise TaskError(f"{source}: not a model folder; name one, or a hub model")
+    check_source(source)
     with blaming(f"{source}: cannot be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
@@ -909,8 +905,18 @@ def few(names):
     return ", ".join(names[:5]) + more
 
 
-def check_model_folder(folder):
-    """Raise TaskError for a folder without config or tokenizer, or with pickled weights alone."""
+def check_source(source):
+    """Raise TaskError for what is no model folder and cannot be a hub name either.
+
+    Also for a folder without config or tokenizer, or with pickled weights alone.
+    """
+    folder = Path(source)
+    if not folder.is_dir():
+        # A hub name is NAME or OWNER/NAME; runs/typo is none where there is a folder runs.
+        is_path = folder.exists() or (folder.parent != Path() and folder.parent.is_dir())
+        if is_path or len(folder.parts) > 2 or str(source).startswith((".", "/", "~")):
+            raise TaskError(f"{source}: not a model folder; name one, or a hub model")
+        return
     if not (folder / "config.json").is_file():
         raise TaskError(
             f"{folder}: no config.json; a model folder holds config, tokenizer, safetensors weights"
@@ -1008,6 +1014,7 @@ def load_judge(model, task, max_new_tokens=None):
         max_new_tokens = trained_length(model)
     if max_new_tokens < 1:
         raise TaskError(f"--max_new_tokens {max_new_tokens}: must be at least 1")
+    check_source(model)
     if task is None and not (Path(model) / "criteria.md").is_file():
         raise TaskError(f"--model {model}: has no criteria.md; name the task's folder with --task")
     task = Task.load(task or model)

@@ -364,7 +364,12 @@ class Ranks:
             return [value]
         line = json.dumps(value).encode() + b"\n"
         lines = self.gather(torch.frombuffer(bytearray(line), dtype=torch.uint8))
-        return [json.loads(text) for text in bytes(lines.tolist()).splitlines()]
+        return [json.loads(text) for text in lines.numpy().tobytes().splitlines()]
+
+    def gather_groups(self, values, count):
+        """All ranks' values (JSON) of `count` things, from each group's values of its slice."""
+        parts = self.gather_json(values[self.own_part(count)])
+        return [value for part in parts for value in part]
 
     def barrier(self):
         """Wait until every rank is here."""
@@ -527,7 +532,8 @@ def _has_weights_of(folder, model):
     for path in Path(folder).glob("*.safetensors"):
         try:
             with safe_open(path, "pt") as file:
-                found |= {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+                names = file.keys()
+                found |= {name: file.get_slice(name).get_shape() for name in names}
         except SafetensorError:
             return False  # transformers will say what is wrong
     return found == shapes

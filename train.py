@@ -595,8 +595,7 @@ def evaluate(sampling_model, renderer, data, config, ranks, progress):
         mine = records[ranks.group_share(len(records))]
         with progress.interruptible():
             judged = grm.judge(renderer, engine, mine) if mine else []
-        judged = judged[ranks.own_part(len(records))]
-        predictions = [prediction for part in ranks.gather_json(judged) for prediction in part]
+        predictions = ranks.gather_groups(judged, len(records))
         scores[name] = grm.metrics(renderer.task, records, predictions)
         figures |= {f"{name}/{key}": scores[name][key] for key in ("accuracy", "macro_f1")}
     seconds = time.perf_counter() - started

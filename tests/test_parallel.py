@@ -32,13 +32,16 @@ import parallel
 
 HERE = Path(__file__).resolve().parent
 FLAGS = ["--sft_steps=10", "--sft_lr=1e-4", "--sft_batch=7", "--rl_steps=10", "--prompts_per_step=5", "--group_size=4"]
-FLAGS += ["--lr=3e-4", "--eval_every=5"]
+FLAGS += ["--lr=1e-4", "--eval_every=5"]
 
 
 @pytest.fixture(scope="module")
 def task(tmp_path_factory):
-    """The notes task cut to 24 records a file and to its label, with a model that answers in form after 40 steps of SFT."""
+    """The notes task cut to 24 records a file and to its label, with a model that answers in form after 40 steps of SFT, and
+    whose key-value heads four ranks can share out."""
     folder = kill.make_task(tmp_path_factory.mktemp("ranks") / "task")
+    config = folder / "model" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"num_key_value_heads": 4}))
     run(folder.parent / "first", 1, f"--task={folder}", "--sft_steps=40", "--sft_lr=3e-3", "--rl_steps=0")
     shutil.rmtree(folder / "model")
     shutil.copytree(folder.parent / "first" / "model", folder / "model")
@@ -91,6 +94,7 @@ def assert_same(a, b):
     (4, ["--activation_checkpointing=1"]),
     (2, ["--sampling_shards=2"]),
     (4, ["--sampling_shards=2", "--max_tokens=700"]),
+    (4, ["--sampling_shards=4"]),
 ])  # fmt: skip
 def test_ranks_change_nothing_but_rounding(straight, task, tmp_path, ranks, flags):
     """LESSONS 7, 12: the same batches, answers, losses, norms and metrics, whatever shares of them a rank has."""
@@ -98,10 +102,11 @@ def test_ranks_change_nothing_but_rounding(straight, task, tmp_path, ranks, flag
     assert_same(straight, tmp_path / "out")
 
 
-def test_cut_models_sample_what_whole_ones_do(tmp_path):
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_cut_models_sample_what_whole_ones_do(tmp_path, ranks):
     """A head, a neuron or a bias that two ranks have, or none: by architecture, read, sent and refreshed."""
-    text = run(tmp_path / "out", 2, program=[], script="shards.py")
-    assert text.count("the same") == 2 * 5, text
+    text = run(tmp_path / "out", ranks, program=[], script="shards.py")
+    assert text.count("the same") == ranks * 5, text
 
 
 @pytest.mark.parametrize("model,message", [
@@ -135,21 +140,25 @@ def test_extras_on_two_ranks(task, tmp_path):
 
 
 def test_resume_on_another_number_of_ranks(straight, task, tmp_path):
-    """SIGTERM to one rank of two: the step is finished and saved, all leave with 0; one process then goes on."""
+    """SIGTERM to one rank of two that sample from shards: the step is finished and saved, all leave with 0; one process goes
+    on with a whole copy, and after another signal four, two of them with a copy."""
     out, flags = tmp_path / "out", [f"--task={task}", "--save_every=4"]
-    text = run(out, 2, *flags, faults=[{"do": "term", "in": "update", "call": 15, "rank": 1}])
+    text = run(out, 2, *flags, "--sampling_shards=2", faults=[{"do": "term", "in": "update", "call": 15, "rank": 1}])
     assert "stopped after rl step 5; saved" in text, text
     assert [path.name for path in sorted((out / "checkpoints").iterdir())] == ["000015", "000016"]  # --keep 2
     assert {file.suffix for file in (out / "checkpoints" / "000016").iterdir()} == {".safetensors", ".json"}  # nothing pickled
-    assert "resumed" in run(out, 1, *flags)
+    text = run(out, 1, *flags, faults=[{"do": "term", "in": "update", "call": 3}])
+    assert "resumed" in text and "stopped after rl step 8; saved" in text, text
+    assert "resumed" in run(out, 4, *flags, "--sampling_shards=2")
     assert_same(straight, out)
 
 
 def test_kills_lose_nothing(task):
-    """SIGKILL in sampling, update, both halves of saving, and export; torchrun picks the run up (tests/kill.py: more of it)."""
+    """SIGKILL in sampling (from shards), update, both halves of saving, and export; torchrun picks the run up (tests/kill.py:
+    more of it)."""
     folder = task.parent / "kills"
     folder.mkdir()
-    assert kill.compare("train", folder, 7, 2, 0, [*FLAGS, f"--task={task}"], save_every=2) == []
+    assert kill.compare("train", folder, 7, 2, 0, [*FLAGS, f"--task={task}", "--sampling_shards=2"], save_every=2) == []
 
 
 def test_a_rank_that_raises_ends_the_job(task, tmp_path):
@@ -238,7 +247,7 @@ def test_what_is_printed_without_a_terminal(task, tmp_path):
     text = run(tmp_path / "out", 2, f"--task={task}")
     for line in (
         "device      2 x CPU",
-        "parameters  610,496",
+        "parameters  659,648",
         "pairs       sft 24, train 24, test_longtail 24",
         "output      ",
     ):
@@ -287,7 +296,7 @@ def test_checkpoints_that_do_not_fit_are_refused(task, tmp_path, monkeypatch):
     other = f"{out}: holds another run"
     refused(rf"{other} \(other contents", own / "train.jsonl", lambda old: old + (task / "test_random.jsonl").read_bytes())
     refused(r"model\.safetensors is not as it was written; if that is meant", weights, lambda old: old[:-4] + b"1234")
-    refused(rf"{other} \(--lr 0.0003\)", own / "train.jsonl", bytes, "--lr=1")
+    refused(rf"{other} \(--lr 0.0001\)", own / "train.jsonl", bytes, "--lr=1")
     refused(rf"{other} \(--model {own}", own / "train.jsonl", bytes, f"--model={task / 'model'}")
     for damage in (lambda old: old[:-1000], lambda old: old[:-1] + bytes([old[-1] ^ 1]), lambda old: b""):
         refused(rf"{shard.name} is not as it was written; delete {checkpoint}", shard, damage)

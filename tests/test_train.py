@@ -272,6 +272,7 @@ REFUSED = {
     "no tokenizer": (lambda task: (task / "model" / "tokenizer.json").unlink(), [], "no tokenizer"),
     "no chat template": (lambda task: (task / "model" / "chat_template.jinja").unlink(), [], "no chat template"),
     "no model": (lambda task: None, ["--model=./nowhere"], "nowhere: not a model folder"),
+    "no such run": (lambda task: None, ["--model=tests/sft"], "tests/sft: not a model folder"),
     "context": (
         break_file("train.jsonl", second_line(LONG)), [], r"train\.jsonl:2: the criteria and the query alone",
     ),
