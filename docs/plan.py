@@ -1,14 +1,17 @@
-"""Will it fit? What each GPU will hold when train.py trains a model, from its config alone.
+"""Will it fit, and how long will a step take? What each GPU holds and does, from a config alone.
 
     python docs/plan.py --model Qwen/Qwen3-8B --gpus 8 --gpu_gb 80
 
 It says "fits", or which flags of train.py would make it fit. Weights, moments, gradients and caches
 follow from shapes; activations are counted on torch's meta device, which computes nothing; what a
-step holds only for a moment is estimated. tests/peak.py sets measured peaks beside it.
+step holds only for a moment is estimated. tests/peak.py sets measured peaks beside it. The seconds
+of an RL step are a roofline's, from an H100's data sheet and the constants below, without the
+products of attention: nobody has measured them.
 Shapes: H attention heads, K key-value heads, S tokens, D head size.
 """
 
 import argparse
+import math
 import sys
 from functools import cache
 from itertools import product
@@ -22,6 +25,16 @@ import parallel
 import rollout
 
 CUDA_CONTEXT = 2.5e9  # bytes that CUDA, its libraries and nccl take of each GPU; an estimate
+# What an H100 (SXM) reaches of its data sheet in practice; estimates.
+FLOPS = 0.4 * 989e12  # a second, bfloat16
+MEMORY = 0.7 * 3.35e12  # bytes a second
+NVLINK = 0.8 * 450e9  # bytes a second through a GPU in a collective in a node of 8
+NETWORK = 0.8 * 8 * 50e9  # the same over nodes, whose 8 links of 400 Gbit/s carry a part each
+LAYER = 60e-6  # seconds of a layer's kernels in a decoding step of few rows
+ALL_REDUCE = 20e-6  # seconds of a small sum over a node
+# Tokens that an RL step is planned with; answers have max_new_tokens.
+CRITERIA = 2000
+PROMPT = 256  # query and document
 
 
 class _KeptByAttention(torch.autograd.Function):
@@ -97,7 +110,6 @@ def memory_plan(
     total = count(model)
     layer = max(layers)
     root = total - sum(layers)  # embedding, head and norm, which FSDP gathers together
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     token = bytes_per_token(model, bf16)
     layer_token = token / len(layers)
 
@@ -128,10 +140,9 @@ def memory_plan(
         "gathered weights": gathered,
         "logits, gradients on their way": max(chunk, backward) + 2 * size * root,
     }
-    per_token = len(layers) * 2 * config.num_key_value_heads * head_dim * size
     rows = cache_tokens / max_new_tokens
     sampling = {
-        "key-value cache": per_token * cache_tokens / sampling_shards,
+        "key-value cache": kv_bytes(config, size) * cache_tokens / sampling_shards,
         "prefill": layer_token * rollout.PREFILL_TOKENS,
         "logits of a decoding step": (size + 8) * rows * config.vocab_size,
     }
@@ -143,6 +154,66 @@ def memory_plan(
     ]
     peak = sum(always.values()) + max(moments)
     return always | update | sampling | {"peak": peak}
+
+
+def time_plan(
+    model,
+    *,
+    ranks=1,
+    prompts_per_step=32,
+    group_size=16,
+    max_tokens=rollout.MAX_TOKENS,
+    cache_tokens=rollout.CACHE_TOKENS,
+    max_new_tokens=512,
+    sampling_shards=1,
+    activation_checkpointing=True,
+):
+    """Seconds of the parts of an RL step in bfloat16 on H100s, {what: seconds}, with "step".
+
+    Every answer is as long as it may be: an upper bound for sampling and update.
+    """
+    config = model.config
+    total = count(model)
+    layers = len(model.base_model.layers)
+    in_layers = sum(count(layer) for layer in model.base_model.layers)
+    part = in_layers / sampling_shards + (total - in_layers)  # that a rank samples with
+    link = NVLINK if ranks <= 8 else NETWORK
+    sent = (ranks - 1) / ranks  # of a gathered tensor, what comes from other ranks
+
+    # Sampling: each group of ranks has the prompts of all its ranks.
+    prompts = prompts_per_step / ranks * sampling_shards
+    rows = min(prompts * group_size, cache_tokens / max_new_tokens)
+    waves = math.ceil(prompts * group_size / rows)
+    prompt_tokens = CRITERIA + prompts * PROMPT
+    read = CRITERIA + rows / group_size * PROMPT + rows * max_new_tokens / 2  # of the cache
+    read_bytes = 2 * part + kv_bytes(config, 2) * read / sampling_shards
+    latency = layers * (LAYER + (2 * ALL_REDUCE if sampling_shards > 1 else 0))
+    decoding_step = latency + max(read_bytes / MEMORY, 2 * part * rows / FLOPS)
+
+    # Update: each rank has its own.
+    tokens = prompts_per_step / ranks * (PROMPT + group_size * max_new_tokens)
+    micro_batches = math.ceil(tokens / max(1, max_tokens - CRITERIA))
+    passes = 8 if activation_checkpointing else 6  # flop a parameter and token
+    compute = passes * total * (tokens + micro_batches * CRITERIA) / FLOPS
+    # In each, weights are gathered in bfloat16, forward and backward; gradients summed in float32.
+    traffic = micro_batches * (2 * 2 + 4) * total * sent / link
+
+    times = {
+        "prefill": 2 * part * prompt_tokens / FLOPS,
+        "decoding": waves * max_new_tokens * decoding_step,
+        "update: computing": compute,
+        "update: FSDP's traffic": traffic,  # goes on beside computing
+        "optimizer": 28 * total / ranks / MEMORY,  # reads 4 numbers a parameter, writes 3
+        "refresh of the sampling copy": 2 * total * sent / link,
+    }
+    hidden = min(compute, traffic)
+    return times | {"step": sum(times.values()) - hidden}
+
+
+def kv_bytes(config, size):
+    """Bytes of the keys and values of a token, in numbers of so many bytes."""
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return config.num_hidden_layers * 2 * config.num_key_value_heads * head_dim * size
 
 
 def count(module):
@@ -204,13 +275,17 @@ def parse_args():
     )
     parser.add_argument("--cache_tokens", type=int, default=rollout.CACHE_TOKENS)
     parser.add_argument("--max_new_tokens", type=int, default=512)
+    parser.add_argument("--prompts_per_step", type=int, default=32)
+    parser.add_argument("--group_size", type=int, default=16)
     parser.add_argument("--sampling_shards", type=int, default=1)
     parser.add_argument("--activation_checkpointing", type=int, choices=(0, 1), default=1)
     parser.add_argument("--kl", action="store_true", help="with --kl_coef: a reference model")
     args = parser.parse_args()
-    for name in ("gpus", "gpu_gb", "max_tokens", "cache_tokens", "max_new_tokens"):
-        if not getattr(args, name) > 0:
-            parser.error(f"--{name} {getattr(args, name)}: must be above 0")
+    for name, value in vars(args).items():
+        if name not in ("model", "activation_checkpointing", "kl") and not value > 0:
+            parser.error(f"--{name} {value}: must be above 0")
+    if args.max_tokens <= CRITERIA:
+        parser.error(f"--max_tokens {args.max_tokens}: is planned with criteria of {CRITERIA}")
     return args
 
 
@@ -229,14 +304,19 @@ def main():
         "max_new_tokens": args.max_new_tokens,
         "sampling_shards": args.sampling_shards,
         "activation_checkpointing": bool(args.activation_checkpointing),
-        "kl": args.kl,
     }
+    batch = {"prompts_per_step": args.prompts_per_step, "group_size": args.group_size}
+    times = time_plan(model, **settings, **batch)
+    settings["kl"] = args.kl
     limit = args.gpu_gb * 1e9
     plan = memory_plan(model, **settings)
     print(f"{args.model}: {count(model) / 1e9:.2f} B parameters")
     print(f"{args.gpus} GPUs of {args.gpu_gb:g} GB; each holds, in GB:")
     for name, size in plan.items():
         print(f"{name:>34}{size / 1e9:9.1f}")
+    print("an RL step on H100s, in seconds, computed and not measured:")
+    for name, seconds in times.items():
+        print(f"{name:>34}{seconds:9.2f}")
     if plan["peak"] <= limit:
         print("fits")
     elif flags := remedy(model, settings, limit):

@@ -59,14 +59,14 @@ STUDENTS = {
 # What `--choose` tries, with seed 0 on held-out training queries, and what was chosen.
 SFT_CHOICES = {
     f"lr {lr:g}, {steps} steps": ["--sft_lr", lr, "--sft_steps", steps]
-    for lr, steps in ((2e-5, 78), (5e-5, 39), (5e-5, 78), (1e-4, 78))
+    for lr, steps in ((2e-5, 78), (5e-5, 39), (1e-4, 78))
 }
-RL_CHOICES = {f"lr {lr:g}": ["--lr", lr] for lr in (2e-6, 5e-6, 1e-5)}
+RL_CHOICES = {f"lr {lr:g}": ["--lr", lr] for lr in (5e-6, 1e-5)}
 STUDENT_CHOICES = {
     f"lr {lr:g}, {steps} steps": ["--lr", lr, "--steps", steps]
     for lr, steps in ((2e-5, 156), (5e-5, 78), (5e-5, 156), (5e-5, 312), (1e-4, 156))
 }
-CHOSEN = {"sft": "lr 5e-05, 78 steps", "rl": "lr 5e-06", "student": "lr 5e-05, 156 steps"}
+CHOSEN = {"sft": "lr 0.0001, 78 steps", "rl": "lr 5e-06", "student": "lr 5e-05, 156 steps"}
 
 COLUMNS = {
     "accuracy": "accuracy",

@@ -481,6 +481,8 @@ def test_plan_prints_what_to_change(tmp_path, monkeypatch, capsys):
     hint = "does not fit; this does: --activation_checkpointing 1 on 8 GPUs\n"
     assert hint in plan("--gpus=8", "--gpu_gb=80", "--activation_checkpointing=0")
     assert plan("--gpus=8", "--gpu_gb=80").endswith("\nfits\n")
+    seconds = lambda *flags: float(re.search(r"\bstep +([\d.]+)\n", plan(*flags).partition("in seconds")[2])[1])
+    assert seconds("--gpus=8") < seconds("--gpus=4") < seconds("--gpus=4", "--prompts_per_step=64") < 2 * seconds("--gpus=4")
     assert "this does: --sampling_shards 4 on 8 GPUs\n" in plan("--gpus=8", "--gpu_gb=50")
     assert "this does: --max_tokens 16384 --cache_tokens 65536 --sampling_shards 4 on 8 GPUs" in plan("--gpus=8", "--gpu_gb=40")
     assert "does not fit on any number" in plan("--gpus=8", "--gpu_gb=9")
