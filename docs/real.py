@@ -6,13 +6,12 @@
     python docs/real.py PATH_TO_CHORUS --models models --out runs/real --seeds     # only the tables
 
 For each seed and each of the two forms of the task (`data/chorus.py make`) the model is fine-tuned,
-and from there reinforced under each rule of credit; then MiniLM learns from the gold labels alone
-and from the best of these teachers. Runs that are done are not done again, so a stopped one goes
-on. Writes OUT/real.md, and what the best reasoning model says of three test pairs to
-OUT/samples.md.
+and from there reinforced under each rule of credit; MiniLM learns from the gold labels alone and
+from a teacher. Runs that are done are not done again, so a stopped one goes on. Writes OUT/real.md,
+the table, and OUT/samples.md, what a reasoning model says of three test pairs.
 
-`--choose` is what the settings below were chosen by: the same with a fifth of the training queries
-held out in place of the test queries, which no choice has seen.
+`--choose` is what the settings below were chosen by: runs of the first form with a fifth of the
+training queries held out in place of the test queries, which no choice has seen.
 """
 
 import argparse
@@ -26,7 +25,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from credit import ROOT, run, run_all
+from credit import ROOT, run
 
 # Python puts only this script's own folder on the path.
 sys.path.extend([str(ROOT), str(ROOT / "data")])
@@ -38,7 +37,7 @@ import sam
 import train
 
 FORMS = ("label", "reason")
-BUDGETS = ["--max_tokens", 4096, "--cache_tokens", 16384]  # so that two runs fit beside each other
+BUDGETS = ["--max_tokens", 4096, "--cache_tokens", 16384]  # of 16 GB
 RULES = {
     "label": {"plain GRPO": ["--rule", "none"]},
     "reason": {
@@ -50,6 +49,7 @@ RULES = {
 }
 RL = {"label": [], "reason": ["--prompts_per_step", 16]}  # besides the task's train.json
 TEACHER = ("label", "plain GRPO")
+EXPLAINED = "symmetric, labels"  # the rule of the samples
 STUDENTS = {
     "MiniLM, gold labels": ["--loss", "gold", "--pairs", "train.jsonl"],
     "MiniLM, teacher": ["--pairs", "train.jsonl"],
@@ -153,28 +153,21 @@ def distil(out, tasks, minilm, seed, threads):
         run(folder, threads, *base, *cache, *flags, script="distill.py")
 
 
-def choose(out, tasks, models, forms, jobs, threads):
+def choose(out, tasks, models, threads):
     """Run all that the settings are chosen from, with seed 0."""
-    calls = []
-    for form in forms:
-        for name, flags in SFT_CHOICES.items():
-            start = ["--task", tasks[form], "--model", models / "smollm2", "--rl_steps", 0]
-            start += BUDGETS
-            calls.append((run, folder_of(out, form, 0, f"SFT, {name}"), threads, *start, *flags))
-    run_all(jobs, calls)
-    calls = []
-    for form in forms:
-        tuned = folder_of(out, form, 0, f"SFT, {CHOSEN['sft']}") / "sft"
-        for name, flags in RL_CHOICES.items():
-            start = ["--task", tasks[form], "--model", tuned, "--sft_steps", 0, "--rule", "none"]
-            flags = [*start, *BUDGETS, *RL[form], *flags]
-            calls.append((run, folder_of(out, form, 0, f"RL, {name}"), threads, *flags))
-    run_all(jobs, calls)
+    base = ["--task", tasks["label"], *BUDGETS]
+    for name, flags in SFT_CHOICES.items():
+        folder = folder_of(out, "label", 0, f"SFT, {name}")
+        run(folder, threads, *base, "--model", models / "smollm2", "--rl_steps", 0, *flags)
+    tuned = folder_of(out, "label", 0, f"SFT, {CHOSEN['sft']}") / "sft"
+    for name, flags in RL_CHOICES.items():
+        folder = folder_of(out, "label", 0, f"RL, {name}")
+        start = ["--model", tuned, "--sft_steps", 0, "--rule", "none"]
+        run(folder, threads, *base, *start, *flags)
     for name, flags in STUDENT_CHOICES.items():
         folder = folder_of(out, "student", 0, name)
-        start = ["--task", tasks["label"], "--student", models / "minilm"]
-        start += STUDENTS["MiniLM, gold labels"]
-        run(folder, jobs * threads, *start, *BUDGETS, *flags, script="distill.py")
+        start = ["--student", models / "minilm", *STUDENTS["MiniLM, gold labels"]]
+        run(folder, threads, *base, *start, *flags, script="distill.py")
 
 
 # What came out ------------------------------------------------------------------------------------
@@ -240,18 +233,20 @@ def read_all(out, form, name, stage):
     return results
 
 
-def explain(out, tasks, rule="symmetric, labels", group_size=8):
+def explain(model, folder, group_size=8):
     """Three answers to test pairs with the credit of their steps, the last a wrong one, as text.
 
     Each is the first of a group, whose rewards must differ: else there is no credit to show.
     """
-    renderer, engine = grm.load_judge(folder_of(out, "reason", 0, rule) / "model", None)
+    renderer, engine = grm.load_judge(model, None)
     task = renderer.task
-    train_pairs = task.read(tasks["reason"] / "train.jsonl")
-    pairs = task.read(tasks["reason"] / "test.jsonl")[::29]
+    train_pairs = task.read(folder / "train.jsonl")
+    pairs = task.read(folder / "test.jsonl")[::29]
     texts = []
     wanted = [1.0, 1.0, 0.0]  # rewards
     for pair, labels in zip(pairs, chorus.label_steps(pairs, train_pairs), strict=True):
+        if not wanted:
+            break
         pair["targets"] = labels
         prompts = renderer.prompts([pair])
         sampled = rollout.sample(
@@ -265,7 +260,7 @@ def explain(out, tasks, rule="symmetric, labels", group_size=8):
         traces = [[renderer.parse(answer) for answer in answers]]
         rewards_PG = train.reward_groups([pair], traces, "cpu")
         advantages_PG = sam.group_advantages(rewards_PG)
-        if not wanted or rewards_PG[0, 0] != wanted[0] or not advantages_PG.any():
+        if rewards_PG[0, 0] != wanted[0] or not advantages_PG.any():
             continue
         wanted.pop(0)
         ends_NK, _, right_NK = train.judge_steps([pair], traces, task, "labels", "cpu")
@@ -280,21 +275,19 @@ def explain(out, tasks, rule="symmetric, labels", group_size=8):
     return "\n".join(texts)
 
 
-# The command --------------------------------------------------------------------------------------
-
-
 def table_of_choices(out):
     """The table of what `choose` tried, as Markdown: metrics on the held-out training queries."""
+    tried = [("label", f"SFT, {name}", "sft") for name in SFT_CHOICES]
+    tried += [("label", f"RL, {name}", "rl") for name in RL_CHOICES]
+    tried += [("student", name, "student") for name in STUDENT_CHOICES]
     lines = [HEAD]
-    tried = {form: [(f"SFT, {name}", "sft") for name in SFT_CHOICES] for form in FORMS}
-    for form in FORMS:
-        tried[form] += [(f"RL, {name}", "rl") for name in RL_CHOICES]
-    tried["student"] = [(name, "student") for name in STUDENT_CHOICES]
-    for form, names in tried.items():
-        for name, stage in names:
-            if results := read_all(out, form, name, stage):
-                lines.append(line(f"{form}: {name}", results))
+    for form, name, stage in tried:
+        if results := read_all(out, form, name, stage):
+            lines.append(line(f"{form}: {name}", results))
     return "\n".join(lines) + "\n"
+
+
+# The command --------------------------------------------------------------------------------------
 
 
 def main():
@@ -305,32 +298,29 @@ def main():
     parser.add_argument("source", type=Path, metavar="PATH_TO_CHORUS")
     parser.add_argument("--models", type=Path, default=Path("models"), help="(default: models)")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--forms", nargs="+", choices=FORMS, default=FORMS)
     parser.add_argument("--seeds", type=int, nargs="*", choices=range(10), default=[0, 1])
     parser.add_argument("--choose", action="store_true", help="what the settings are chosen by")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     args = parser.parse_args()
-    threads = max(1, (os.cpu_count() or 1) // args.jobs)
-    out, source = args.out, args.source
-    if args.choose:
-        out = out / "choose"
-        source = hold_out(source, out / "source")
-    tasks = make_tasks(source, out, args.models / "smollm2")
+    threads = os.cpu_count() or 1
+    smollm2 = args.models / "smollm2"
     minilm = args.models / "minilm"
     if args.choose:
-        choose(out, tasks, args.models, args.forms, args.jobs, threads)
+        out = args.out / "choose"
+        tasks = make_tasks(hold_out(args.source, out / "source"), out, smollm2)
+        choose(out, tasks, args.models, threads)
         text = table_of_choices(out)
-    elif args.seeds:
-        smollm2 = args.models / "smollm2"
-        calls = [(zero_shot, out, tasks[form], smollm2, threads) for form in args.forms]
+    else:
+        out = args.out
+        tasks = make_tasks(args.source, out, smollm2)
         for seed in args.seeds:
-            calls += [(fine_tune, out, tasks, smollm2, form, seed, threads) for form in args.forms]
-        run_all(args.jobs, calls)
-        run_all(args.jobs, [(distil, out, tasks, minilm, seed, threads) for seed in args.seeds])
-    if not args.choose:
+            for form in FORMS:
+                zero_shot(out, tasks[form], smollm2, threads)
+                fine_tune(out, tasks, smollm2, form, seed, threads)
+            distil(out, tasks, minilm, seed, threads)
         text = table(out, tasks, args.models)
-        (out / "samples.md").write_text(explain(out, tasks))
-    (out / "real.md").write_text(text)
+        if (model := folder_of(out, "reason", 0, EXPLAINED) / "model").exists():
+            (out / "samples.md").write_text(explain(model, tasks["reason"]), encoding="utf-8")
+    (out / "real.md").write_text(text, encoding="utf-8")
     print(text)
 
 

@@ -181,3 +181,38 @@ def test_cosine_of_an_encoder(source, tmp_path):
     assert "cosine" in chorus.baselines(task, str(tmp_path / "encoder"))
     with pytest.raises(grm.TaskError, match="nowhere"):
         chorus.load_encoder(str(tmp_path / "nowhere"))
+
+
+def test_the_settings_are_chosen_on_held_out_training_queries(source, tmp_path, monkeypatch, capsys):
+    """A test query, or a query on both sides, among those that settings are chosen by; a run that is done made again; metrics of
+    another stage in the table."""
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    import real
+
+    real.chorus.make(source, tmp_path / "models")  # a tokenizer that can write the labels
+    shutil.copytree(tmp_path / "models" / "model", tmp_path / "models" / "smollm2")
+    out = tmp_path / "out"
+    runs = [("label", f"SFT, {name}", "sft") for name in real.SFT_CHOICES]
+    runs += [("label", f"RL, {name}", "rl") for name in real.RL_CHOICES]
+    runs += [("student", name, "student") for name in real.STUDENT_CHOICES]
+    for i, (form, name, stage) in enumerate(runs):
+        folder = real.folder_of(out / "choose", form, 0, name)
+        folder.mkdir(parents=True)
+        metrics = {key: 0.01 * (i + k) for k, key in enumerate(real.COLUMNS.values())}
+        other = "start" if stage == "rl" else "teacher"
+        (folder / "summary.json").write_text(json.dumps({stage: {"test": metrics}, other: {"test": {}}}))
+    monkeypatch.setattr(sys, "argv", ["real.py", str(source), f"--models={tmp_path / 'models'}", f"--out={out}", "--choose"])
+    monkeypatch.setattr("credit.subprocess.run", lambda *args, **settings: pytest.fail("nothing is left to run"))
+    real.main()
+    table = (out / "choose" / "real.md").read_text().splitlines()
+    assert capsys.readouterr().out.splitlines()[: len(table)] == table and len(table) == 2 + len(runs)
+    for i, ((_, name, _), row) in enumerate(zip(runs, table[2:], strict=True)):
+        cells = [cell.strip() for cell in row.strip("|").split("|")]
+        assert cells[0].endswith(f": {name}") and cells[1] == "1"
+        assert cells[2:] == [f"{0.01 * (i + k):.3f}" for k in range(len(real.COLUMNS))] + ["-"]
+    queries = {name: {record["query_id"] for record in lines(out / "choose" / "source" / f"{name}.jsonl")} for name in ("train", "test")}
+    everything = lines(source / "train.jsonl")
+    assert len(queries["test"]) == 2
+    assert not queries["train"] & queries["test"]
+    assert queries["train"] | queries["test"] == {record["query_id"] for record in everything}
+    assert real.line("x", [{"kappa": 0.1}, {"kappa": 0.3}], 2.0).split(" | ")[4:6] == ["0.200 ± 0.141", "-"]
