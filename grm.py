@@ -232,17 +232,17 @@ class Task:
                     f"'step_labels' must be a list of {len(self.boxes)} labels, "
                     f"for {', '.join(self.boxes)}"
                 )
-            record["step_labels"] = [self._label(label) for label in steps]
+            record["step_labels"] = [self._label(label, "step label") for label in steps]
         if not isinstance(record.get("query_id", ""), str | int):
             raise ValueError("'query_id' must be a string or an integer")
         if type(record.get("stage", 0)) is not int:
             raise ValueError("'stage' must be an integer")
         return record
 
-    def _label(self, value):
+    def _label(self, value, what="label"):
         is_text = isinstance(value, str | int) and not isinstance(value, bool)
         if not is_text or str(value) not in self.labels:
-            raise ValueError(f"unknown label {value!r}; the labels are {', '.join(self.labels)}")
+            raise ValueError(f"unknown {what} {value!r}; the labels are {', '.join(self.labels)}")
         return str(value)
 
     def grade(self, probs_NY):
@@ -321,7 +321,10 @@ def parse_settings(config_class, file_name, description, argv=None):
     """
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     for item in fields(config_class):
-        options = {"help": f"{item.metadata['help']} (default: {item.default})".replace("%", "%%")}
+        text = item.metadata["help"]
+        if item.default != "":  # else the text names what takes its place
+            text += f" (default: {item.default})"
+        options = {"help": text.replace("%", "%%")}
         if item.type is bool:
             options |= {"type": string_to_bool, "nargs": "?", "const": True}
         elif get_args(item.type):

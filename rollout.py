@@ -515,7 +515,8 @@ def token_logprobs(hidden_AD, head, targets_A, temperature=1.0, chunk=None):
     [A, vocabulary] never exists. The entropies carry no gradient; they are a statistic.
     """
     device = hidden_AD.device.type
-    chunk = chunk or max(1, LOGITS[device] // head.weight.shape[0])
+    logits = LOGITS.get(device, LOGITS["cpu"])
+    chunk = chunk or max(1, logits // head.weight.shape[0])
     dtype = head.weight.dtype
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)

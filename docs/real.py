@@ -61,10 +61,10 @@ SFT_CHOICES = {
     f"lr {lr:g}, {steps} steps": ["--sft_lr", lr, "--sft_steps", steps]
     for lr, steps in ((2e-5, 78), (5e-5, 39), (1e-4, 78))
 }
-RL_CHOICES = {f"lr {lr:g}": ["--lr", lr] for lr in (5e-6, 1e-5)}
+RL_CHOICES = {f"lr {lr:g}": ["--lr", lr] for lr in (5e-6,)}
 STUDENT_CHOICES = {
     f"lr {lr:g}, {steps} steps": ["--lr", lr, "--steps", steps]
-    for lr, steps in ((2e-5, 156), (5e-5, 78), (5e-5, 156), (5e-5, 312), (1e-4, 156))
+    for lr, steps in ((5e-5, 78), (5e-5, 156), (1e-4, 156))
 }
 CHOSEN = {"sft": "lr 0.0001, 78 steps", "rl": "lr 5e-06", "student": "lr 5e-05, 156 steps"}
 
@@ -312,11 +312,12 @@ def main():
     else:
         out = args.out
         tasks = make_tasks(args.source, out, smollm2)
-        for seed in args.seeds:
-            for form in FORMS:
+        for form in FORMS:
+            for seed in args.seeds:
                 zero_shot(out, tasks[form], smollm2, threads)
                 fine_tune(out, tasks, smollm2, form, seed, threads)
-            distil(out, tasks, minilm, seed, threads)
+                if form == TEACHER[0]:
+                    distil(out, tasks, minilm, seed, threads)
         text = table(out, tasks, args.models)
         if (model := folder_of(out, "reason", 0, EXPLAINED) / "model").exists():
             (out / "samples.md").write_text(explain(model, tasks["reason"]), encoding="utf-8")
