@@ -596,10 +596,11 @@ def copy_weights(target, module):
         _copy_part(ours, theirs.full_tensor() if is_sharded(theirs) else theirs)
 
 
-# What the ranks of a group share out (tensor parallelism, as in Megatron-LM, arXiv 1909.08053): of
-# these linear layers the rows, so that each rank has some of the heads and of the MLP's neurons,
+# How the ranks of a group share out linear layers (tensor parallelism, as in Megatron-LM, arXiv
+# 1909.08053). By rows: each rank has some of the heads, and some of the MLP's neurons.
 ROWS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
-COLUMNS = ("o_proj", "down_proj")  # and of these the columns, whose outputs are then summed.
+# By columns: the ranks' outputs are summed.
+COLUMNS = ("o_proj", "down_proj")
 
 
 def cut(module, ranks):
