@@ -26,6 +26,7 @@ from pathlib import Path
 
 import numpy as np
 from credit import ROOT, run
+from transformers.utils import logging as hf_logging
 
 # Python puts only this script's own folder on the path.
 sys.path.extend([str(ROOT), str(ROOT / "data")])
@@ -204,7 +205,9 @@ def table(out, tasks, models):
     encoder = chorus.load_encoder(str(models / "minilm"))
     cosine_ms = milliseconds(lambda batch: chorus.cosine_scores(batch, *encoder), pairs)
     for name, metrics in chorus.baselines(task, str(models / "minilm")).items():
-        lines.append(line(name, [metrics], cosine_ms if name == "cosine" else None))
+        is_cosine = name == "cosine"
+        name = "MiniLM's cosine, no training" if is_cosine else name
+        lines.append(line(name, [metrics], cosine_ms if is_cosine else None))
     for form in FORMS:
         results = {name: read_all(out, form, name, "rl") for name in RULES[form]}
         results = {"SFT": read_all(out, form, "SFT", "sft")} | results
@@ -301,6 +304,7 @@ def main():
     parser.add_argument("--seeds", type=int, nargs="*", choices=range(10), default=[0, 1])
     parser.add_argument("--choose", action="store_true", help="what the settings are chosen by")
     args = parser.parse_args()
+    hf_logging.disable_progress_bar()
     threads = os.cpu_count() or 1
     smollm2 = args.models / "smollm2"
     minilm = args.models / "minilm"
