@@ -234,7 +234,7 @@ def test_read_returns_records_with_their_place(tmp_path):
         ({**GOOD, "document": ["d"]}, "'document' is missing, empty or not a string"),
         ({**GOOD, "query": None}, "'query' is missing, empty or not a string"),
         ({"query": "q", "document": "d"}, "'label' is missing"),
-        ({**GOOD, "label": None}, "unknown label None; the labels are -1, 0, 1"),
+        ({**GOOD, "label": None}, "unknown step label None; the labels are -1, 0, 1"),
         ({**GOOD, "label": "2"}, "unknown label '2'"),
         ({**GOOD, "label": True}, "unknown label True"),
         ({**GOOD, "label": 1.0}, "unknown label 1.0"),
@@ -242,7 +242,7 @@ def test_read_returns_records_with_their_place(tmp_path):
         ({**GOOD, "step_labels": ["1"]}, "'step_labels' must be a list of 2 labels, for topic, all"),
         ({**GOOD, "step_labels": ["1"] * 3}, "'step_labels' must be a list of 2 labels"),
         ({**GOOD, "step_labels": "11"}, "'step_labels' must be a list of 2 labels"),
-        ({**GOOD, "step_labels": ["1", None]}, "unknown label None"),
+        ({**GOOD, "step_labels": ["1", None]}, "unknown step label None"),
         ({**GOOD, "query_id": [1]}, "'query_id' must be"),
     ],
 )
