@@ -184,8 +184,8 @@ def test_cosine_of_an_encoder(source, tmp_path):
 
 
 def test_the_settings_are_chosen_on_held_out_training_queries(source, tmp_path, monkeypatch, capsys):
-    """A test query, or a query on both sides, among those that settings are chosen by; a run that is done made again; metrics of
-    another stage in the table."""
+    """A test query, or a query on both sides, among those that settings are chosen by; a run that is done made again; metrics
+    of another stage in the table."""
     monkeypatch.syspath_prepend(str(ROOT / "docs"))
     import real
 
@@ -210,7 +210,8 @@ def test_the_settings_are_chosen_on_held_out_training_queries(source, tmp_path, 
         cells = [cell.strip() for cell in row.strip("|").split("|")]
         assert cells[0].endswith(f": {name}") and cells[1] == "1"
         assert cells[2:] == [f"{0.01 * (i + k):.3f}" for k in range(len(real.COLUMNS))] + ["-"]
-    queries = {name: {record["query_id"] for record in lines(out / "choose" / "source" / f"{name}.jsonl")} for name in ("train", "test")}
+    held_out = out / "choose" / "source"
+    queries = {name: {record["query_id"] for record in lines(held_out / f"{name}.jsonl")} for name in ("train", "test")}
     everything = lines(source / "train.jsonl")
     assert len(queries["test"]) == 2
     assert not queries["train"] & queries["test"]

@@ -234,7 +234,7 @@ def test_read_returns_records_with_their_place(tmp_path):
         ({**GOOD, "document": ["d"]}, "'document' is missing, empty or not a string"),
         ({**GOOD, "query": None}, "'query' is missing, empty or not a string"),
         ({"query": "q", "document": "d"}, "'label' is missing"),
-        ({**GOOD, "label": None}, "unknown step label None; the labels are -1, 0, 1"),
+        ({**GOOD, "label": None}, "unknown label None; the labels are -1, 0, 1"),
         ({**GOOD, "label": "2"}, "unknown label '2'"),
         ({**GOOD, "label": True}, "unknown label True"),
         ({**GOOD, "label": 1.0}, "unknown label 1.0"),
