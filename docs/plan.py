@@ -191,8 +191,9 @@ def time_plan(
     decoding_step = latency + max(read_bytes / MEMORY, 2 * part * rows / FLOPS)
 
     # Update: each rank has its own.
-    tokens = prompts_per_step / ranks * (PROMPT + group_size * max_new_tokens)
-    micro_batches = math.ceil(tokens / max(1, max_tokens - CRITERIA))
+    group = PROMPT + group_size * max_new_tokens
+    tokens = prompts_per_step / ranks * group
+    micro_batches = math.ceil(tokens / max(group, max_tokens - CRITERIA))  # of whole groups
     passes = 8 if activation_checkpointing else 6  # flop a parameter and token
     compute = passes * total * (tokens + micro_batches * CRITERIA) / FLOPS
     # In each, weights are gathered in bfloat16, forward and backward; gradients summed in float32.
@@ -284,8 +285,6 @@ def parse_args():
     for name, value in vars(args).items():
         if name not in ("model", "activation_checkpointing", "kl") and not value > 0:
             parser.error(f"--{name} {value}: must be above 0")
-    if args.max_tokens <= CRITERIA:
-        parser.error(f"--max_tokens {args.max_tokens}: is planned with criteria of {CRITERIA}")
     return args
 
 
