@@ -66,7 +66,7 @@ class Config:
     bf16: Literal["auto", "0", "1"] = setting(
         "auto", "compute and sample in bfloat16; auto: on CUDA, and CPUs with AMX where it pays"
     )
-    eval_every: int = setting(50, "evaluate every so many RL steps (0: before and after)", min=0)
+    eval_every: int = setting(50, "evaluate every so many RL steps (0: after SFT and RL)", min=0)
     save_every: int = setting(0, "save every so many steps (0: every ten minutes)", min=0)
     keep: int = setting(2, "checkpoints to keep, the newest", min=1)
     max_bad_steps: int = setting(3, "end after so many steps in a row that are not finite", min=1)
@@ -705,15 +705,16 @@ def main():
     ranks.stop_on_signals()
 
     if progress.stage == "sft":
-        name = "start"
         if "sft" in data and config.sft_steps:
-            name = "sft"
             sft(policy, sampling_model, optimizer, data, config, ranks, progress)
             export(policy.model, renderer, out / "sft", config.max_new_tokens, dtype, ranks)
+            scores = evaluate(sampling_model, renderer, data, config, ranks, progress)
+            progress.summary["sft"] = scores
         else:
             parallel.print0("no SFT: reinforcing the model as it is")
-        scores = evaluate(sampling_model, renderer, data, config, ranks, progress)
-        progress.summary[name] = scores
+            if config.eval_every:
+                scores = evaluate(sampling_model, renderer, data, config, ranks, progress)
+                progress.summary["start"] = scores
         progress.next_stage("rl")
     if config.rl_steps:
         rl(policy, sampling_model, optimizer, renderer, data, config, ranks, progress)

@@ -217,10 +217,12 @@ def test_bf16_on_a_cpu(task, tmp_path, monkeypatch):
 
 
 def test_rl_alone_from_a_model_and_without_demonstrations(task, tmp_path, monkeypatch):
-    """A folder without sft.jsonl goes straight to RL; the summary then says what the model could before."""
+    """A folder without sft.jsonl goes straight to RL; the summary then says what the model could before, unless only the end is
+    asked for."""
     (task / "sft.jsonl").unlink()
-    run(monkeypatch, task, tmp_path / "a", "--rl_steps=1")
-    assert set(json.loads((tmp_path / "a" / "summary.json").read_text())) == {"start", "rl"}
+    for out, flags, stages in (("a", [], {"start", "rl"}), ("b", ["--eval_every=0"], {"rl"})):
+        run(monkeypatch, task, tmp_path / out, "--rl_steps=1", *flags)
+        assert set(json.loads((tmp_path / out / "summary.json").read_text())) == stages
 
 
 def test_rl_raises_the_reward(task, tmp_path, monkeypatch):
