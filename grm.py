@@ -705,10 +705,10 @@ def metrics(task, records, predictions):
     label farthest from the gold one.
     accuracy, binary_accuracy (relevant or not), macro_f1 (the mean over the labels that occur in
     the gold data), kappa (quadratic), recall of each label that occurs, and confusion (rows: gold;
-    columns: predicted, malformed last) come from one table. ece, the calibration error, needs
-    probs; ndcg@10 needs query_id. step_accuracy and right_throughout, the share of right answers
-    whose steps are all right, need step_labels and steps. contradicted (answer-first): the share of
-    answers whose last step ends at another label than the answer's.
+    columns: predicted, malformed last) come from one table. ece, the calibration error of the
+    well-formed answers, needs probs; ndcg@10 needs query_id. step_accuracy and right_throughout,
+    the share of right answers whose steps are all right, need step_labels and steps. contradicted
+    (answer-first): the share of answers whose last step ends at another label than the answer's.
     """
     Y = len(task.labels)
     index = {label: i for i, label in enumerate(task.labels)} | {None: Y}
@@ -733,8 +733,10 @@ def metrics(task, records, predictions):
         "recall": {task.labels[i]: float(recall_Y[i]) for i in np.flatnonzero(occurs_Y)},
         "confusion": table.tolist(),
     }
-    if all("probs" in prediction for prediction in predictions):
-        out["ece"] = calibration_error(records, predictions)
+    pairs = zip(records, predictions, strict=True)
+    well_formed = [pair for pair in pairs if pair[1]["label"] is not None]
+    if well_formed and all("probs" in prediction for prediction in predictions):
+        out["ece"] = calibration_error(*zip(*well_formed, strict=True))
     if all("query_id" in record for record in records):
         out["ndcg@10"] = mean_ndcg(records, predictions, gold_N)
     if all("steps" in prediction for prediction in predictions):
@@ -775,7 +777,7 @@ def quadratic_kappa(table):
 
 def calibration_error(records, predictions, bins=15):
     """Mean gap between the predicted label's probability and how often it is right, over bins."""
-    confidence_N = np.array([p["probs"].get(p["label"], 0.0) for p in predictions])
+    confidence_N = np.array([p["probs"][p["label"]] for p in predictions])
     pairs = zip(records, predictions, strict=True)
     right_N = np.array([record["label"] == prediction["label"] for record, prediction in pairs])
     bin_N = np.minimum((confidence_N * bins).astype(int), bins - 1)
@@ -1086,7 +1088,9 @@ def score_file(args):
     print(f"{out}: {len(results)} pairs, {malformed} malformed")
     if all(result.get("gold") in renderer.task.labels for result in results):
         gold = [result | {"label": result["gold"]} for result in results]
-        print(json.dumps(metrics(renderer.task, gold, results), indent=1))
+        figures = metrics(renderer.task, gold, results)
+        lines = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in figures.items()]
+        print("{\n" + ",\n".join(lines) + "\n}")
 
 
 def check_free(out, partial):

@@ -27,7 +27,7 @@ import random
 import re
 import shutil
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -197,9 +197,9 @@ def label_steps(records, train):
 
     The grade by words: idf overlap, with the thresholds that suit the training pairs best.
     """
-    documents = sorted({record["document"] for record in train})
-    of_train = overlap_scores(train, documents)
-    by_words = by_thresholds(LABELS, of_train, train, overlap_scores(records, documents))
+    weights = word_weights({record["document"] for record in train})
+    of_train = overlap_scores(train, weights)
+    by_words = by_thresholds(LABELS, of_train, train, overlap_scores(records, weights))
     kinds = ["3" if record["label"] in RELEVANT else "0" for record in records]
     triples = zip(by_words, kinds, records, strict=True)
     return [[guess["label"], kind, record["label"]] for guess, kind, record in triples]
@@ -233,13 +233,14 @@ def cross(train, of_each=30):
     """
     rng = random.Random(0)
     documents = sorted({record["document"] for record in train})
+    weights = word_weights(documents)
     judged = {}
     for record in train:
         judged.setdefault(record["query"], set()).add(record["document"])
     pairs = []
     for query, known in judged.items():
         candidates = [{"query": query, "document": text} for text in documents if text not in known]
-        scores = overlap_scores(candidates, documents)
+        scores = overlap_scores(candidates, weights)
         order = sorted(range(len(candidates)), key=lambda i: -scores[i])
         nearest = order[: of_each // 2]
         others = order[of_each // 2 :]
@@ -301,20 +302,22 @@ def words(text):
     return set(re.findall(r"\w+", text.lower()))
 
 
-def overlap_scores(records, documents):
-    """Each record's share of its query's words that its document holds, 0 to 1.
-
-    Words are weighted by their idf in `documents`.
-    """
+def word_weights(documents):
+    """{word: its idf in the documents}; one that none of them has weighs most."""
     counts = Counter(word for text in documents for word in words(text))
+    most = math.log(len(documents) + 1)
+    weights = {word: most - math.log(count + 1) for word, count in counts.items()}
+    return defaultdict(lambda: most, weights)
 
-    def idf(some):
-        return sum(math.log((len(documents) + 1) / (counts[word] + 1)) for word in sorted(some))
 
+def overlap_scores(records, weights):
+    """Each record's share of its query's words, by weight, that its document holds, 0 to 1."""
     scores = []
     for record in records:
         query = words(record["query"])
-        scores.append(idf(query & words(record["document"])) / (idf(query) or 1.0))
+        held = query & words(record["document"])
+        total = sum(weights[word] for word in sorted(query))
+        scores.append(sum(weights[word] for word in sorted(held)) / (total or 1.0))
     return scores
 
 
@@ -385,12 +388,12 @@ def baselines(task, encoder=None):
     train, test = (task.read(task.folder / name) for name in ("train.jsonl", "test.jsonl"))
     gold = [task.labels.index(record["label"]) for record in train]
     common = task.labels[int(np.bincount(gold).argmax())]
-    documents = sorted({record["document"] for record in train})
+    weights = word_weights({record["document"] for record in train})
     predictions = {
         "majority": [{"label": common, "grade": 0.0}] * len(test),
         "always 0": [{"label": "0", "grade": 0.0}] * len(test),
         "idf overlap": by_thresholds(
-            task.labels, overlap_scores(train, documents), train, overlap_scores(test, documents)
+            task.labels, overlap_scores(train, weights), train, overlap_scores(test, weights)
         ),
     }
     if encoder:

@@ -17,6 +17,7 @@ training queries held out in place of the test queries, which no choice has seen
 import argparse
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -38,7 +39,7 @@ import sam
 import train
 
 FORMS = ("label", "reason")
-BUDGETS = ["--max_tokens", 4096, "--cache_tokens", 16384]  # of 16 GB
+BUDGETS = ["--max_tokens", 4096, "--cache_tokens", 49152]  # of 16 GB
 RULES = {
     "label": {"plain GRPO": ["--rule", "none"]},
     "reason": {
@@ -48,7 +49,7 @@ RULES = {
         "tree": ["--rule", "tree"],
     },
 }
-RL = {"label": [], "reason": ["--prompts_per_step", 16]}  # besides the task's train.json
+RL = {"label": [], "reason": ["--prompts_per_step", 8]}  # besides the task's train.json
 TEACHER = ("label", "plain GRPO")
 EXPLAINED = "symmetric, labels"  # the rule of the samples
 STUDENTS = {
@@ -239,12 +240,14 @@ def read_all(out, form, name, stage):
 def explain(model, folder, group_size=8):
     """Three answers to test pairs with the credit of their steps, the last a wrong one, as text.
 
-    Each is the first of a group, whose rewards must differ: else there is no credit to show.
+    The pairs are drawn. An answer is the first of its group, whose rewards must differ: else there
+    is no credit to show.
     """
     renderer, engine = grm.load_judge(model, None)
     task = renderer.task
     train_pairs = task.read(folder / "train.jsonl")
-    pairs = task.read(folder / "test.jsonl")[::29]
+    pairs = task.read(folder / "test.jsonl")
+    random.Random(0).shuffle(pairs)
     texts = []
     wanted = [1.0, 1.0, 0.0]  # rewards
     for pair, labels in zip(pairs, chorus.label_steps(pairs, train_pairs), strict=True):
@@ -273,7 +276,8 @@ def explain(model, folder, group_size=8):
         texts.append(f"{pair['query']} | {pair['document']} | human label {pair['label']}")
         for step, label in zip(traces[0][0].steps, labels, strict=True):
             text = renderer.decode(answers[0][step.start : step.end]).strip()
-            texts.append(f"{credit_A[step.end - 1]:+8.2f}  {text}  (step label {label})")
+            credit = float(credit_A[step.end - 1]) + 0.0  # no "-0.00"
+            texts.append(f"{credit:+8.2f}  {text}  (step label {label})")
         texts.append("")
     return "\n".join(texts)
 

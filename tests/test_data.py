@@ -6,6 +6,7 @@ import runpy
 import shutil
 import sys
 import zipfile
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -217,3 +218,36 @@ def test_the_settings_are_chosen_on_held_out_training_queries(source, tmp_path, 
     assert not queries["train"] & queries["test"]
     assert queries["train"] | queries["test"] == {record["query_id"] for record in everything}
     assert real.line("x", [{"kappa": 0.1}, {"kappa": 0.3}], 2.0).split(" | ")[4:6] == ["0.200 ± 0.141", "-"]
+
+
+def test_samples_with_credit(source, tmp_path, monkeypatch):
+    """Credit of another step than the one it stands before; a group shown that has none; three right answers."""
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    import real
+
+    folder = tmp_path / "task"
+    real.chorus.make(source, folder, form="reason")
+    tokenizer = grm.load_model(folder / "model", "meta")[1]
+    renderer = grm.Renderer(grm.Task.load(folder), tokenizer, 1024, 56)
+    monkeypatch.setattr(grm, "load_judge", lambda *_: (renderer, SimpleNamespace(model=None, max_new_tokens=56)))
+    pairs = renderer.task.read(folder / "test.jsonl")
+    labels = real.chorus.label_steps(pairs, renderer.task.read(folder / "train.jsonl"))
+    groups = iter([[0, 0], [0, 1], [0, 1], [0, 1], [1, 0]])  # whether an answer ends at another grade than the human one
+
+    def sample(model, prompts, **_):
+        pair = next(pair for pair in pairs if renderer.prompts([pair]) == prompts)
+        first, second, last = labels[pairs.index(pair)]
+        last = [last, str(3 - int(last))]
+        texts = [f"words: a \\boxed{{{first}}} kind: b \\boxed{{{second}}} grade: c \\boxed{{{last[i]}}}" for i in next(groups)]
+        answers = [renderer.response(text) for text in texts]
+        return SimpleNamespace(answers=[answers], lengths_N=torch.tensor([*map(len, answers)]))
+
+    monkeypatch.setattr(real.rollout, "sample", sample)
+    samples = real.explain("model", folder, group_size=2).strip().split("\n\n")
+    assert len(samples) == 3 and len(set(samples)) == 3
+    for text, credits in zip(samples, (["+0.71"] * 3, ["+0.71"] * 3, ["+0.00", "+0.00", "-0.71"]), strict=True):
+        head, *steps = text.splitlines()
+        gold = head[-1]
+        assert [step.split()[0] for step in steps] == credits
+        assert [step.split()[1] for step in steps] == ["words:", "kind:", "grade:"]
+        assert (f"boxed{{{gold}}}" in steps[2]) == (credits[2] == "+0.71") and f"(step label {gold})" in steps[2]

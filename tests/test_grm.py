@@ -882,7 +882,10 @@ def test_metrics_of_malformed_answers():
     assert metrics(make_task(), records, [{**p, "grade": 0.0} for p in got])["right_throughout"] == 1.0
     assert out["confusion"] == [[0] * 5 + [1]] * 4 + [[0, 0, 0, 0, 1, 1]]
     assert out["recall"] == {"-1": 0.0, "0": 0.0, "1": 0.0, "2": 0.0, "3": 0.5}
-    assert 0 < out["ndcg@10"] < 1
+    assert 0 < out["ndcg@10"] < 1 and "ece" not in out
+    sure = [{**p, "grade": 0.0, "probs": {"3": 0.8}} for p in got]
+    assert metrics(make_task(), records, sure)["ece"] == pytest.approx(0.2), "of the one answer that has a grade"
+    assert "ece" not in metrics(make_task(), records[:5], sure[:5])
     for Y in (2, 3, 4):  # the farthest label of an even number of them
         gold, labels = [*range(Y), *range(Y)], [str(i) for i in range(Y)]
         said = [*range(Y), *[None] * Y]
