@@ -50,7 +50,7 @@ RULES = {
     },
 }
 RL = {"label": [], "reason": ["--prompts_per_step", 8]}  # besides the task's train.json
-TEACHER = ("label", "plain GRPO")
+TEACHER = ("label", "SFT")  # the best on the held-out queries
 EXPLAINED = "symmetric, labels"  # the rule of the samples
 STUDENTS = {
     "MiniLM, gold labels": ["--loss", "gold", "--pairs", "train.jsonl"],
