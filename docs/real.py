@@ -68,7 +68,7 @@ STUDENT_CHOICES = {
     f"lr {lr:g}, {steps} steps": ["--lr", lr, "--steps", steps]
     for lr, steps in ((5e-5, 78), (5e-5, 156), (1e-4, 156))
 }
-CHOSEN = {"sft": "lr 0.0001, 78 steps", "rl": "lr 5e-06", "student": "lr 5e-05, 156 steps"}
+CHOSEN = {"sft": "lr 0.0001, 78 steps", "rl": "lr 5e-06", "student": "lr 5e-05, 78 steps"}
 
 COLUMNS = {
     "accuracy": "accuracy",
