@@ -734,9 +734,9 @@ def metrics(task, records, predictions):
         "confusion": table.tolist(),
     }
     pairs = zip(records, predictions, strict=True)
-    well_formed = [pair for pair in pairs if pair[1]["label"] is not None]
-    if well_formed and all("probs" in prediction for prediction in predictions):
-        out["ece"] = calibration_error(*zip(*well_formed, strict=True))
+    graded = [(record, p) for record, p in pairs if p["label"] is not None]
+    if graded and all("probs" in p for _, p in graded):
+        out["ece"] = calibration_error(graded)
     if all("query_id" in record for record in records):
         out["ndcg@10"] = mean_ndcg(records, predictions, gold_N)
     if all("steps" in prediction for prediction in predictions):
@@ -775,11 +775,13 @@ def quadratic_kappa(table):
     return float(1 - (weights * counts).sum() / chance) if chance else 0.0
 
 
-def calibration_error(records, predictions, bins=15):
-    """Mean gap between the predicted label's probability and how often it is right, over bins."""
-    confidence_N = np.array([p["probs"][p["label"]] for p in predictions])
-    pairs = zip(records, predictions, strict=True)
-    right_N = np.array([record["label"] == prediction["label"] for record, prediction in pairs])
+def calibration_error(pairs, bins=15):
+    """Mean gap between the predicted label's probability and how often it is right, over bins.
+
+    pairs: (record, prediction), of well-formed answers.
+    """
+    confidence_N = np.array([p["probs"][p["label"]] for _, p in pairs])
+    right_N = np.array([record["label"] == p["label"] for record, p in pairs])
     bin_N = np.minimum((confidence_N * bins).astype(int), bins - 1)
     error = 0.0
     for b in np.unique(bin_N):
@@ -1089,8 +1091,8 @@ def score_file(args):
     if all(result.get("gold") in renderer.task.labels for result in results):
         gold = [result | {"label": result["gold"]} for result in results]
         figures = metrics(renderer.task, gold, results)
-        lines = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in figures.items()]
-        print("{\n" + ",\n".join(lines) + "\n}")
+        rows = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in figures.items()]
+        print("{\n" + ",\n".join(rows) + "\n}")
 
 
 def check_free(out, partial):

@@ -9,7 +9,7 @@
    Skipped if there are none.
 2. Reinforce on labels (TASK/train.jsonl): sample groups of answers, reward exact matches, give each
    step the credit that it earned (sam.py), update.
-3. Evaluate on every TASK/test*.jsonl before and after, by metrics that are not the reward.
+3. Evaluate on every TASK/test*.jsonl after each stage, by metrics that are not the reward.
 
 OUT gets config.json, metrics.jsonl, tests.jsonl, timing.jsonl, samples.jsonl, summary.json,
 curves.png, and the Hugging Face folders sft/ and model/. Settings come from the command line, then

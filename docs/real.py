@@ -50,7 +50,7 @@ RULES = {
     },
 }
 RL = {"label": [], "reason": ["--prompts_per_step", 8]}  # besides the task's train.json
-TEACHER = ("label", "SFT")  # the best on the held-out queries
+TEACHER = ("label", "SFT")  # better than RL from there on the held-out queries
 EXPLAINED = "symmetric, labels"  # the rule of the samples
 STUDENTS = {
     "MiniLM, gold labels": ["--loss", "gold", "--pairs", "train.jsonl"],
@@ -58,7 +58,8 @@ STUDENTS = {
     "MiniLM, teacher, unlabelled pairs too": ["--pairs", "train.jsonl,unlabelled.jsonl"],
 }
 
-# What `--choose` tries, with seed 0 on held-out training queries, and what was chosen.
+# What `--choose` tries, with seed 0 on held-out training queries, and what was chosen; of the
+# student, the first: it has not been run to its end.
 SFT_CHOICES = {
     f"lr {lr:g}, {steps} steps": ["--sft_lr", lr, "--sft_steps", steps]
     for lr, steps in ((2e-5, 78), (5e-5, 39), (1e-4, 78))
@@ -147,12 +148,15 @@ def distil(out, tasks, minilm, seed, threads):
     """The students of a seed, from the teacher of the same seed."""
     form, rule = TEACHER
     teacher = folder_of(out, form, seed, rule) / "model"
-    base = ["--task", tasks[form], "--teacher", teacher, "--student", minilm, "--seed", seed]
-    base += [*BUDGETS, "--samples", 1, *STUDENT_CHOICES[CHOSEN["student"]]]
+    base = ["--task", tasks[form], "--student", minilm, "--seed", seed]
+    base += [*BUDGETS, *STUDENT_CHOICES[CHOSEN["student"]]]
     for name, flags in STUDENTS.items():
         folder = folder_of(out, "student", seed, name)
-        cache = ["--cache", f"{folder}-labels"]  # the pairs differ
-        run(folder, threads, *base, *cache, *flags, script="distill.py")
+        source = []
+        if "gold" not in flags:
+            # Each with its own cache: the pairs differ.
+            source = ["--teacher", teacher, "--samples", 1, "--cache", f"{folder}-labels"]
+        run(folder, threads, *base, *source, *flags, script="distill.py")
 
 
 def choose(out, tasks, models, threads):

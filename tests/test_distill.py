@@ -684,7 +684,7 @@ def test_calibration_error():
     for start in np.arange(15) / 15:
         inside = (start <= sure) & (sure < start + 1 / 15) | (start == 14 / 15) & (sure == 1)
         gaps += abs(sure[inside].sum() - (labels[inside] == "a").sum()) / 100
-    assert grm.calibration_error(records, predictions) == pytest.approx(gaps)
+    assert grm.calibration_error([*zip(records, predictions, strict=True)]) == pytest.approx(gaps)
 
 
 def no_label(task):
