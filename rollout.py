@@ -56,7 +56,8 @@ class Sequences:
         self.lengths = lengths
         self.longest = max(lengths)
         self.is_even = min(lengths) == self.longest
-        self.most = most or width or self.longest
+        # The CUDA kernels take a bound of 1 to mean just one query in each sequence.
+        self.most = max(most or width or self.longest, 1 if self.is_even else 2)
         self.width = width
         self.order = self.used = None
         self.in_order = order is None or order == sorted(order)
@@ -856,11 +857,14 @@ class Prefill:
         return attend(q_SHD, parts, scale)[0]
 
 
+SMALLEST_GRAPH = 32  # rows: fewer take a GPU as long, and to capture a graph takes many steps' time
+
+
 class Decode:
     """Layout of a decoding step: every running sequence adds one token.
 
-    fixed: of one of a few shapes, for CUDA graphs: a power of two of rows, all prompt slots. Idle
-    rows run as a first token of the first prompt, in free answer slots.
+    fixed: of one of a few shapes, for CUDA graphs: a power of two of rows, SMALLEST_GRAPH at least,
+    and all prompt slots. Idle rows run as a first token of the first prompt, in free answer slots.
     """
 
     def __init__(self, scheduler, prompts, cache, fixed, device):
@@ -868,7 +872,8 @@ class Decode:
         size = len(scheduler.running)
         slots = len(scheduler.prompts)
         if fixed:
-            size = min(scheduler.max_running, 1 << (size - 1).bit_length())
+            rows = max(SMALLEST_GRAPH, 1 << (size - 1).bit_length())
+            size = min(scheduler.max_running, rows)
             slots = scheduler.max_prompts
         idle = [*range(len(scheduler.running), size)]
         order, counts = scheduler.by_prompt()

@@ -51,6 +51,15 @@ COMMON = {
     "vocab_size": 151_936,
     "max_position_embeddings": 8192,
 }
+# Enough work to fill a GPU, and peers as large as its memory holds.
+SAMPLING = "--sampling 64 8 64 128 --peer_tokens 131072 --repeats 1"
+BENCHES = {
+    "0.6 B": {
+        "sampling": SAMPLING,
+        "training": "--training 8 8 128 256 --peer_tokens 16384 --repeats 1",
+    },
+    "8 B": {"sampling": f"{SAMPLING} --prefixes 512 4096"},
+}
 
 
 def run(name, command):
@@ -159,15 +168,15 @@ def check_bench(args):
     """The benchmark's figures of tree, peer and decoding, for each shape and prefix."""
     rows = []
     for name, shape in SHAPES.items():
-        with tempfile.TemporaryDirectory() as folder:
-            AutoConfig.for_model("qwen3", **(shape | COMMON)).save_pretrained(folder)
-            parts = ["sampling", "training"] if name == "0.6 B" else ["sampling"]
-            command = [sys.executable, "rollout.py", "--bench", "--model", folder, "--only", *parts]
-            output, _ = run(f"bench {name}", command)
-        for line in output.splitlines():
-            if line.startswith(("sampling", "training", "flatness")) or "GB/s" in line:
-                part, _, figures = line.partition("  ")
-                rows.append((f"{name}: {part}", " ".join(figures.split())))
+        for part, flags in BENCHES[name].items():
+            with tempfile.TemporaryDirectory() as folder:
+                AutoConfig.for_model("qwen3", **(shape | COMMON)).save_pretrained(folder)
+                command = [sys.executable, "rollout.py", "--bench", "--model", folder]
+                output, _ = run(f"bench {name}", [*command, "--only", part, *flags.split()])
+            for line in output.splitlines():
+                if line.startswith(("sampling", "training", "flatness")) or "GB/s" in line:
+                    part, _, figures = line.partition("  ")
+                    rows.append((f"{name}: {part}", " ".join(figures.split())))
     return rows
 
 

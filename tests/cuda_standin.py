@@ -16,6 +16,7 @@ def sequences(q, k, cu_q, cu_k, max_q, max_k, used, causal):
     assert cu_q.dtype == cu_k.dtype == torch.int32 and len(cu_q) == len(cu_k)
     assert cu_q[0] == cu_k[0] == 0 and cu_q[-1] == len(q) and cu_k[-1] <= len(k)
     assert (cu_q.diff() >= 0).all() and (cu_k.diff() >= 0).all() and cu_q.diff().max() <= max_q
+    assert max_q > 1 or (cu_q.diff() == 1).all()  # then query heads that share keys are computed as one sequence
     lengths = cu_k.diff() if used is None else used
     assert lengths.dtype == torch.int32 and (lengths <= cu_k.diff()).all() and lengths.max() <= max_k
     for start, end, key, length in zip(cu_q.tolist(), cu_q[1:].tolist(), cu_k.tolist(), lengths.tolist(), strict=False):
@@ -106,5 +107,6 @@ def install(monkeypatch):
     monkeypatch.setattr(rollout, "on_cuda_kernels", lambda x: True)
     monkeypatch.setattr(rollout, "_cuda_flash", flash)
     monkeypatch.setattr(rollout, "_cuda_flash_backward", flash_backward)
+    monkeypatch.setattr(rollout, "SMALLEST_GRAPH", 1)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", capture)

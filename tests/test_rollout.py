@@ -145,6 +145,16 @@ def test_every_kernel_trains_and_samples_alike(kernel, kind):
     assert (cuda_standin.Graph.captured > before) == (kernel == "packed")
 
 
+def test_one_query_among_two_prompts(kernel):
+    """CUDA's kernels take "at most one query a sequence" to mean "one", so an idle sequence beside it must say two."""
+    prompts = [[7, 8, 9], [7, 8, 10]]
+    compare_gradients("qwen3", prompts, [[[11, 12]], [[13]]])
+    settings = {"group_size": 1, "max_new_tokens": 40}
+    out = sample(make_model("qwen3"), prompts, **settings)
+    assert len({len(answer) for (answer,) in out.answers}) == 2  # so one of them decodes alone
+    assert_same(out, sample_naively(make_model("qwen3", tree=False), prompts, **settings))
+
+
 def test_gradient_checkpointing_changes_nothing():
     """Recomputed layers must see the same tree."""
     prompts, answers = PROMPTS["unequal"], some_answers(PROMPTS["unequal"], 3)

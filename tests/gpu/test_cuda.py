@@ -65,6 +65,17 @@ def test_tree_on_cuda_equals_tree_on_cpu(dtype):
         assert (a - b).norm() < bound * a.norm()
 
 
+def test_one_query_among_two_prompts():
+    """A batch in which one answer alone has a token to feed: FlashAttention reads a bound of 1 as "one each"."""
+    results = []
+    for device in ("cpu", "cuda"):
+        model = make_model("qwen3", head_dim=16).to(device)
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            logprobs_A, _ = rollout.Policy(model)(rollout.Tree(PROMPTS[:2], [[[11, 12]], [[13]]], device))
+        results.append(logprobs_A.detach().cpu())
+    assert (results[0] - results[1]).abs().max() < 0.05
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_tree_without_prompts_on_cuda(dtype):
     """The one token of a rank without work: a missing gradient or a NaN would reach every rank."""
@@ -74,8 +85,9 @@ def test_a_tree_without_prompts_on_cuda(dtype):
 
 
 @pytest.mark.parametrize("cache_tokens", [240, 2**17])
-def test_cuda_graphs_give_the_same_tokens(cache_tokens):
+def test_cuda_graphs_give_the_same_tokens(monkeypatch, cache_tokens):
     """Captured steps against eager ones of the same shapes; with refills, idle rows and shrinking batches."""
+    monkeypatch.setattr(rollout, "SMALLEST_GRAPH", 1)
     model = make_model("qwen3", head_dim=16).to("cuda", torch.bfloat16)
     settings = {"group_size": 3, "max_new_tokens": 40, "eos_id": 2, "cache_tokens": cache_tokens, "label_ids": [3, 60, 2]}
     graphs, eager = (rollout.sample(model, PROMPTS * 2, seed=5, cuda_graphs=on, **settings) for on in (True, False))
