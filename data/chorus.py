@@ -358,6 +358,7 @@ def cosine_scores(records, tokenizer, model):
     for start in range(0, len(texts), 64):
         part = texts[start : start + 64]
         inputs = tokenizer(part, padding=True, truncation=True, return_tensors="pt")
+        inputs = inputs.to(model.device)
         with torch.inference_mode():
             states_NTD = model(**inputs).last_hidden_state
         mask_NT1 = inputs.attention_mask[..., None]

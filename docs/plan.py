@@ -5,8 +5,8 @@
 It says "fits", or which flags of train.py would make it fit. Weights, moments, gradients and caches
 follow from shapes; activations are counted on torch's meta device, which computes nothing; what a
 step holds only for a moment is estimated. tests/peak.py sets measured peaks beside it. The seconds
-of an RL step are a roofline's, from an H100's data sheet and the constants below, without the
-products of attention: nobody has measured them.
+of an RL step follow from the rates below, of which those of one GPU were measured on an H100 with
+`rollout.py --bench`; the products of attention are left out.
 Shapes: H attention heads, K key-value heads, S tokens, D head size.
 """
 
@@ -25,12 +25,17 @@ import parallel
 import rollout
 
 CUDA_CONTEXT = 2.5e9  # bytes that CUDA, its libraries and nccl take of each GPU; an estimate
-# What an H100 (SXM) reaches of its data sheet in practice; estimates.
-FLOPS = 0.4 * 989e12  # a second, bfloat16
-MEMORY = 0.7 * 3.35e12  # bytes a second
+# Of an H100 (SXM). Measured: a matrix product of 8192 in bfloat16 reaches 785e12 flop/s, a copy
+# 2.85e12 bytes/s. The rest are small kernels, which move data between the products: those of a
+# layer take 0.49 ms of a decoding step (0.6 B, 512 rows) to 0.60 ms (8 B), and in a training pass
+# 1.15 ns a token, layer and channel (0.6 B).
+FLOPS = 0.9 * 785e12  # a second, bfloat16; 0.9 is an estimate, for smaller products
+MEMORY = 2.85e12  # bytes a second
+LAYER = 540e-6  # seconds
+CHANNEL = 1.15e-9  # seconds
+# Estimates:
 NVLINK = 0.8 * 450e9  # bytes a second through a GPU in a collective in a node of 8
 NETWORK = 0.8 * 8 * 50e9  # the same over nodes, whose 8 links of 400 Gbit/s carry a part each
-LAYER = 60e-6  # seconds of a layer's kernels in a decoding step of few rows
 ALL_REDUCE = 20e-6  # seconds of a small sum over a node
 # Tokens that an RL step is planned with; answers have max_new_tokens.
 CRITERIA = 2000
@@ -195,7 +200,9 @@ def time_plan(
     tokens = prompts_per_step / ranks * group
     micro_batches = math.ceil(tokens / max(group, max_tokens - CRITERIA))  # of whole groups
     passes = 8 if activation_checkpointing else 6  # flop a parameter and token
-    compute = passes * total * (tokens + micro_batches * CRITERIA) / FLOPS
+    tokens += micro_batches * CRITERIA
+    channels = layers * config.hidden_size * passes / 6
+    compute = tokens * (passes * total / FLOPS + channels * CHANNEL)
     # In each, weights are gathered in bfloat16, forward and backward; gradients summed in float32.
     traffic = micro_batches * (2 * 2 + 4) * total * sent / link
 
@@ -313,7 +320,7 @@ def main():
     print(f"{args.gpus} GPUs of {args.gpu_gb:g} GB; each holds, in GB:")
     for name, size in plan.items():
         print(f"{name:>34}{size / 1e9:9.1f}")
-    print("an RL step on H100s, in seconds, computed and not measured:")
+    print("an RL step on H100s, in seconds, computed:")
     for name, seconds in times.items():
         print(f"{name:>34}{seconds:9.2f}")
     if plan["peak"] <= limit:
