@@ -1,7 +1,7 @@
 """A real model on real pairs: SmolLM2 (135 M) and MiniLM (22.7 M) on the chorus pairs, in a table.
 
     python data/pretrained.py models
-    python docs/real.py PATH_TO_CHORUS --models models --out runs/real --jobs 8    # on one GPU
+    python docs/real.py PATH_TO_CHORUS --models models --out runs/real --jobs 9    # on one GPU
     python docs/real.py PATH_TO_CHORUS --models models --out runs/real     # a day on 2 CPU cores
     python docs/real.py PATH_TO_CHORUS --models models --out runs/real --choose    # the settings
     python docs/real.py PATH_TO_CHORUS --models models --out runs/real --seeds     # only the tables
@@ -43,9 +43,9 @@ import sam
 import train
 
 FORMS = ("label", "reason")
-# Of a CPU with 16 GB; the memory of a GPU decides by itself.
-ON_CPU = ["--max_tokens", 4096, "--cache_tokens", 49152]
-BUDGETS = [] if torch.cuda.is_available() else ON_CPU
+# Of a CPU with 16 GB, or of nine runs on a GPU with 80.
+TOKENS = (16384, 65536) if torch.cuda.is_available() else (4096, 49152)
+BUDGETS = ["--max_tokens", TOKENS[0], "--cache_tokens", TOKENS[1]]
 RULES = {
     "label": {"plain GRPO": ["--rule", "none"]},
     "reason": {
@@ -357,10 +357,10 @@ def main():
         if args.seeds:
             run_seeds(out, tasks, args.models, args.seeds, args.jobs, threads)
         text = table(out, tasks, args.models)
-        if (model := folder_of(out, "reason", 0, EXPLAINED) / "model").exists():
-            (out / "samples.md").write_text(explain(model, tasks["reason"]), encoding="utf-8")
     (out / "real.md").write_text(text, encoding="utf-8")
     print(text)
+    if (model := folder_of(out, "reason", 0, EXPLAINED) / "model").exists():
+        (out / "samples.md").write_text(explain(model, tasks["reason"]), encoding="utf-8")
 
 
 if __name__ == "__main__":
