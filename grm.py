@@ -319,7 +319,8 @@ def parse_settings(config_class, file_name, description, argv=None):
     Returns an object of `config_class`. Raises TaskError for values that are unknown, of another
     type or out of bounds; an unknown flag ends the program with a usage message.
     """
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    epilog = f"TASK/{file_name} goes before the defaults above, a flag before both."
+    parser = argparse.ArgumentParser(description=description, epilog=epilog, allow_abbrev=False)
     for item in fields(config_class):
         text = item.metadata["help"]
         if item.default != "":  # else the text names what takes its place
@@ -459,7 +460,7 @@ class Renderer:
             if self.max_prompt_tokens < 1:
                 raise TaskError(
                     f"--max_new_tokens {max_new_tokens}: leaves no room for a prompt "
-                    f"in the context of {context} tokens"
+                    f"in the context of {context} tokens; lower it"
                 )
 
     def _read_tokenizer(self):
@@ -855,7 +856,8 @@ def load_model(source, device=None, dtype=torch.float32, seed=None):
     with tensors that are missing, left over or not finite.
     """
     check_source(source)
-    with blaming(f"{source}: cannot be loaded"):
+    what = "cannot be loaded" if Path(source).is_dir() else "no folder, and not loaded from the hub"
+    with blaming(f"{source}: {what}"):
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         if type(getattr(config, "max_position_embeddings", None)) is not int:
@@ -922,7 +924,7 @@ def check_source(source):
         # A hub name is NAME or OWNER/NAME; runs/typo is none where there is a folder runs.
         is_path = folder.exists() or (folder.parent != Path() and folder.parent.is_dir())
         if is_path or len(folder.parts) > 2 or str(source).startswith((".", "/", "~")):
-            raise TaskError(f"{source}: not a model folder; name one, or a hub model")
+            raise TaskError(f"{source}: not a model folder; give --model one, or a hub name")
         return
     if not (folder / "config.json").is_file():
         raise TaskError(

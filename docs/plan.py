@@ -316,7 +316,7 @@ def main():
     settings["kl"] = args.kl
     limit = args.gpu_gb * 1e9
     plan = memory_plan(model, **settings)
-    print(f"{args.model}: {count(model) / 1e9:.2f} B parameters")
+    print(f"{args.model}: {count(model):,} parameters")
     print(f"{args.gpus} GPUs of {args.gpu_gb:g} GB; each holds, in GB:")
     for name, size in plan.items():
         print(f"{name:>34}{size / 1e9:9.1f}")
