@@ -220,6 +220,27 @@ def test_the_settings_are_chosen_on_held_out_training_queries(source, tmp_path, 
     assert real.line("x", [{"kappa": 0.1}, {"kappa": 0.3}], 2.0).split(" | ")[4:6] == ["0.200 ± 0.141", "-"]
 
 
+def test_runs_of_the_table_start_from_those_before_them(tmp_path, monkeypatch):
+    """A rule or a student before its model is there; a run left out, or two in one folder."""
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    import real
+
+    models = tmp_path / "models"
+    made = []
+
+    def run(out, threads, *flags, script="train.py"):
+        settings = dict(zip(flags[::2], flags[1::2], strict=True))
+        for start in (settings.get("--model"), settings.get("--teacher")):
+            assert start in (None, models / "smollm2") or start.parent in made
+        made.append(out)
+
+    monkeypatch.setattr(real, "run", run)
+    monkeypatch.setattr(real, "zero_shot", lambda *_: None)
+    real.run_seeds(tmp_path, {form: tmp_path / form for form in real.FORMS}, models, [0, 1], jobs=2, threads=1)
+    rules = sum(map(len, real.RULES.values()))
+    assert len(made) == len(set(made)) == 2 * (len(real.FORMS) + rules + len(real.STUDENTS))
+
+
 def test_samples_with_credit(source, tmp_path, monkeypatch):
     """Credit of another step than the one it stands before; a group shown that has none; three right answers."""
     monkeypatch.syspath_prepend(str(ROOT / "docs"))
