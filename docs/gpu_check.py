@@ -1,8 +1,8 @@
-"""The day a GPU is at hand: `python docs/gpu_check.py` runs what has only run on CPUs, in minutes.
+"""On one GPU: `python docs/gpu_check.py` runs what tests on a CPU cannot show, in minutes.
 
 tests/gpu; greedy answers against model.generate, sampler against trainer, and gradients against
 float32 on the CPU; the benchmark at three lengths of the prefix for a 0.6 B and an 8 B model of
-random weights; the default task from start to end. Prints one table to paste into the README.
+random weights; the default task from start to end. Prints one table.
 
     python docs/gpu_check.py                                     everything, on one GPU
     python docs/gpu_check.py --only numbers --model FOLDER       a real model, also on a CPU
@@ -168,15 +168,17 @@ def check_bench(args):
     """The benchmark's figures of tree, peer and decoding, for each shape and prefix."""
     rows = []
     for name, shape in SHAPES.items():
-        for part, flags in BENCHES[name].items():
-            with tempfile.TemporaryDirectory() as folder:
-                AutoConfig.for_model("qwen3", **(shape | COMMON)).save_pretrained(folder)
-                command = [sys.executable, "rollout.py", "--bench", "--model", folder]
+        lines = []
+        with tempfile.TemporaryDirectory() as folder:
+            AutoConfig.for_model("qwen3", **(shape | COMMON)).save_pretrained(folder)
+            command = [sys.executable, "rollout.py", "--bench", "--model", folder]
+            for part, flags in BENCHES[name].items():
                 output, _ = run(f"bench {name}", [*command, "--only", part, *flags.split()])
-            for line in output.splitlines():
-                if line.startswith(("sampling", "training", "flatness")) or "GB/s" in line:
-                    part, _, figures = line.partition("  ")
-                    rows.append((f"{name}: {part}", " ".join(figures.split())))
+                lines += output.splitlines()
+        for line in lines:
+            if line.startswith(("sampling", "training", "flatness")) or "GB/s" in line:
+                title, _, figures = line.partition("  ")
+                rows.append((f"{name}: {title}", " ".join(figures.split())))
     return rows
 
 

@@ -32,7 +32,7 @@ CUDA_CONTEXT = 2.5e9  # bytes that CUDA, its libraries and nccl take of each GPU
 FLOPS = 0.9 * 785e12  # a second, bfloat16; 0.9 is an estimate, for smaller products
 MEMORY = 2.85e12  # bytes a second
 LAYER = 540e-6  # seconds
-CHANNEL = 1.15e-9  # seconds
+CHANNEL = 1.15e-9  # seconds, without checkpointing
 # Estimates:
 NVLINK = 0.8 * 450e9  # bytes a second through a GPU in a collective in a node of 8
 NETWORK = 0.8 * 8 * 50e9  # the same over nodes, whose 8 links of 400 Gbit/s carry a part each
@@ -201,8 +201,9 @@ def time_plan(
     micro_batches = math.ceil(tokens / max(group, max_tokens - CRITERIA))  # of whole groups
     passes = 8 if activation_checkpointing else 6  # flop a parameter and token
     tokens += micro_batches * CRITERIA
-    channels = layers * config.hidden_size * passes / 6
-    compute = tokens * (passes * total / FLOPS + channels * CHANNEL)
+    products = passes * total / FLOPS  # seconds a token, like the next
+    small_kernels = passes / 6 * layers * config.hidden_size * CHANNEL
+    compute = tokens * (products + small_kernels)
     # In each, weights are gathered in bfloat16, forward and backward; gradients summed in float32.
     traffic = micro_batches * (2 * 2 + 4) * total * sent / link
 
