@@ -36,7 +36,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    set_model_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -44,6 +48,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from tqdm import tqdm
 
 SAVE_SECONDS = 600  # between checkpoints, where no number of steps is given
+IS_RANK_0 = os.environ.get("RANK", "0") == "0"  # which speaks and writes for all
 
 
 class RunError(Exception):
@@ -52,9 +57,6 @@ class RunError(Exception):
 
 class Stopped(Exception):  # noqa: N818 (it is no error)
     """The run was asked to stop, and has saved."""
-
-
-IS_RANK_0 = os.environ.get("RANK", "0") == "0"  # which speaks and writes for all
 
 
 def print0(text):
@@ -71,20 +73,16 @@ def progress_bar(total, title, done=0):
 
 
 def launch(main, errors=()):
-    """Call main() as the whole of a script; what a user can mend ends it with one line.
-
-    errors: further exceptions, beside RunError and OSError, of which the message says it all.
-    """
+    """Call main() as the whole of a script; RunError, OSError and `errors` end it with one line."""
     try:
         main()
     except Stopped as stopped:
         print0(stopped)
     except (RunError, OSError, dcp.CheckpointException, *errors) as error:
-        for cause, _ in getattr(error, "failures", {}).values():  # of a checkpoint, by rank
-            error = cause
         if not IS_RANK_0:
             time.sleep(5)  # rank 0 speaks first: torchrun ends the others as soon as one has left
-        sys.exit(str(error))
+        failures = getattr(error, "failures", {0: [error]})  # a checkpoint's, by rank
+        sys.exit(str(next(iter(failures.values()))[0]))
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -96,8 +94,8 @@ class Ranks:
     """This process among those that torchrun started: rank, world (their number), device.
 
     timeout_s: a collective that waits longer for another rank raises, which ends the job.
-    sampling_shards: 1, each rank samples for itself; or all ranks, which then sample together, each
-        with a part of the weights. Raises RunError for another number.
+    sampling_shards: 1, each rank samples for itself; or all of them, which then sample together,
+        each with a part of the weights.
     """
 
     def __init__(self, timeout_s=1800, sampling_shards=1):
@@ -131,8 +129,7 @@ class Ranks:
     def equalize(self, micro_batches, empty):
         """This rank's micro-batches, and `empty` ones until it has as many as the rank with most.
 
-        FSDP gathers weights in each forward and backward pass, so all ranks must run equally many.
-        A module called with an empty one runs a dummy whose loss is 0: rollout.Tree of no prompts.
+        FSDP gathers weights in each pass, so all ranks run equally many; an empty one's loss is 0.
         """
         missing = max(self.gather(len(micro_batches))) - len(micro_batches)
         return [*micro_batches, *[empty] * missing]
@@ -155,34 +152,25 @@ class Ranks:
         self.gather(None)
 
     def sum(self, value):
-        """Sum over the ranks, in their order, of a number, or of each number in a dict."""
-        values = self.gather(value)
-        if isinstance(value, dict):
-            return {name: sum(other[name] for other in values) for name in value}
-        return sum(values)
+        """Sum over the ranks of a number or a tensor, in the order of the ranks."""
+        return sum(self.gather(value))
 
 
 # Models -------------------------------------------------------------------------------------------
 
 
 def chosen_bf16(choice, device, hidden_size):
-    """The setting `bf16` as a bool: "1", "0", or "auto" for where it pays: on CUDA, and on CPUs
-    that multiply bfloat16 matrices (AMX) where the products are large enough.
-    """
-    if choice != "auto":
-        return choice == "1"
-    has_amx = device.type == "cpu" and torch.cpu._is_amx_tile_supported()
-    return device.type == "cuda" or (has_amx and hidden_size >= 512)
+    """The setting `bf16` as a bool. "auto": on CUDA, and on CPUs with AMX for large products."""
+    pays = device.type == "cuda" or (torch.cpu._is_amx_tile_supported() and hidden_size >= 512)
+    return pays if choice == "auto" else choice == "1"
 
 
 def shard(module, ranks, bf16=False):
     """Shard a module's float32 master weights over the ranks (FSDP2); returns it.
 
-    module.model is a Hugging Face transformer: on rank 0 with its weights, on the others on meta.
-    Call the module as usual: FSDP gathers the weights of head and embedding around its forward and
-    backward, and those of each layer around the layer. Gradients are summed over ranks.
-    bf16: compute in bfloat16, reduce gradients in float32. For that a single rank is a mesh of one,
-    so that it computes what several do; in float32 it has the plain module.
+    module.model is a Hugging Face transformer, on rank 0 with its weights, on the others on meta.
+    Gradients are summed over ranks. bf16: compute in bfloat16, reduce gradients in float32; one
+    rank is a mesh of one, to compute what several do. In float32 it has the plain module.
     """
     if ranks.world == 1 and not bf16:
         return module.to(ranks.device)
@@ -194,8 +182,7 @@ def shard(module, ranks, bf16=False):
     precision = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
     for block in (*transformer_layers(module.model), module):
         fully_shard(block, mesh=ranks.mesh, mp_policy=precision)
-        # Losses are divided by global counts, so gradients are summed.
-        block.set_gradient_divide_factor(1.0)
+        block.set_gradient_divide_factor(1.0)  # losses are divided by global counts
         block.set_force_sum_reduction_for_comms(True)
     module.to_empty(device=ranks.device)
     module.model.tie_weights()
@@ -215,28 +202,29 @@ def transformer_layers(model):
 
 
 # Tensor parallelism (arXiv 1909.08053): a rank has some of the heads, and of the MLP's neurons.
-CUT = {"self_attn.o_proj": RowwiseParallel(), "mlp.down_proj": RowwiseParallel()}
-CUT |= {f"self_attn.{name}_proj": ColwiseParallel() for name in "qkv"}
+CUT = {f"self_attn.{name}_proj": ColwiseParallel() for name in "qkv"}
 CUT |= {f"mlp.{name}_proj": ColwiseParallel() for name in ("gate", "up")}
+CUT |= {"self_attn.o_proj": RowwiseParallel(), "mlp.down_proj": RowwiseParallel()}
 
 
 @torch.no_grad()
 def sampling_copy(model, ranks, bf16=False):
-    """A model, sharded or not, as a rank needs it to sample: whole or, with sampling_shards, cut.
+    """A model as a rank needs it to sample: whole, or with sampling_shards its layers' part of it.
 
-    In bfloat16 if `bf16`; embedding and head are always whole. The model itself, where it is so
-    already: one rank in float32. Every rank must call it. Raises RunError for what cannot be cut.
+    In bfloat16 if `bf16`; one rank in float32 has the model itself. Every rank must call it. Raises
+    RunError for models that cannot be cut.
     """
     if ranks.world == 1 and not bf16:
         return model
-    copy = _skeleton(model)
-    config = model.config
+    with torch.device("meta"):
+        copy = type(model)(model.config).eval().requires_grad_(False)
     if ranks.sampling_shards > 1:
-        known = config.model_type in ("qwen3", "qwen2", "llama")
-        if not known or config.num_key_value_heads % ranks.world:
+        kind = model.config.model_type
+        heads = getattr(model.config, "num_key_value_heads", 1)
+        if kind not in ("qwen3", "qwen2", "llama") or heads % ranks.world:
             raise RunError(
-                f"--sampling_shards {ranks.world}: cuts qwen3, qwen2 and llama models by their "
-                f"key-value heads; this is {config.model_type} with {config.num_key_value_heads}"
+                f"--sampling_shards {ranks.world}: cuts qwen3, qwen2 and llama by their key-value "
+                f"heads; this is {kind} with {heads}"
             )
         for layer in transformer_layers(copy):
             parallelize_module(layer, ranks.mesh, CUT)
@@ -251,18 +239,9 @@ def sampling_copy(model, ranks, bf16=False):
     return copy
 
 
-def _skeleton(model):
-    """The same transformer on meta, without weights."""
-    with torch.device("meta"):
-        return type(model)(model.config).eval().requires_grad_(False)
-
-
 @torch.no_grad()
 def copy_weights(target, model):
-    """Copy a model's weights, sharded or not, into its sampling copy. Every rank must call it.
-
-    One tensor after the other is gathered: no rank ever holds more than one beside its parts.
-    """
+    """Copy a model's weights into its sampling copy, tensor by tensor. Every rank must call it."""
     if target is model:
         return
     for ours, theirs in zip(target.parameters(), model.parameters(), strict=True):
@@ -275,71 +254,20 @@ def copy_weights(target, model):
 
 @torch.no_grad()
 def gather_model(model, ranks, dtype):
-    """A whole copy of a model on rank 0's host, to save, its parameters in a dtype; elsewhere None.
-
-    Every rank must call it.
-    """
-    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    weights = {}
-    for name, x in model.state_dict().items():
-        x = x.to(dtype) if name in parameters else x
-        x = x.full_tensor() if isinstance(x, DTensor) else x
-        if ranks.rank == 0:
-            weights[name] = x.cpu()
-    if ranks.rank:
-        return None
-    whole = _skeleton(model)
-    whole.load_state_dict(weights, assign=True)
-    whole.tie_weights()
+    """A whole copy of a model to save, in a dtype, on rank 0's host. Every rank must call it."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights = get_model_state_dict(model, options=options)  # empty but on rank 0
+    with torch.device("meta"):
+        whole = type(model)(model.config)
+    if ranks.rank == 0:
+        whole.load_state_dict(weights, assign=True)
+        whole.tie_weights()
+        for p in whole.parameters():
+            p.data = p.data.to(dtype)
     return whole
 
 
-# Checkpoints --------------------------------------------------------------------------------------
-
-
-def _training_tensors(module, optimizer):
-    """Weights and AdamW's moments by name. Missing moments are made."""
-    tensors = {}
-    for name, p in module.named_parameters():
-        moments = optimizer.state[p]
-        if not moments:
-            moments["step"] = torch.zeros(())
-            moments["exp_avg"] = torch.zeros_like(p)
-            moments["exp_avg_sq"] = torch.zeros_like(p)
-        tensors[f"model.{name}"] = p.detach()
-        tensors[f"exp_avg.{name}"] = moments["exp_avg"]
-        tensors[f"exp_avg_sq.{name}"] = moments["exp_avg_sq"]
-    return tensors
-
-
-def save_checkpoint(folder, module, optimizer, state, ranks):
-    """Write weights and moments, each rank its parts, as safetensors, and `state` as JSON.
-
-    Beside the folder, and renamed when all of it is there. Every rank must call it.
-    """
-    unfinished = folder.with_suffix(".unfinished")
-    if ranks.rank == 0:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-    ranks.barrier()
-    # Hugging Face's storage: the default one keeps its index as a pickle.
-    writer = dcp.HuggingFaceStorageWriter(str(unfinished), save_distributed=True)
-    dcp.save(_training_tensors(module, optimizer), storage_writer=writer)
-    if ranks.rank == 0:
-        updates = max(float(moments["step"]) for moments in optimizer.state.values())
-        (unfinished / "state.json").write_text(json.dumps(state | {"updates": updates}))
-        os.replace(unfinished, folder)
-    ranks.barrier()
-
-
-def load_checkpoint(folder, module, optimizer):
-    """Fill a module and its optimizer, on any number of ranks; returns the state saved with it."""
-    reader = dcp.HuggingFaceStorageReader(str(folder))
-    dcp.load(_training_tensors(module, optimizer), storage_reader=reader)
-    state = json.loads((folder / "state.json").read_text())
-    for moments in optimizer.state.values():
-        moments["step"].fill_(state["updates"])
-    return state
+# Training: batches, learning rate, the step loop --------------------------------------------------
 
 
 def write_json(path, value):
@@ -349,14 +277,8 @@ def write_json(path, value):
     os.replace(unfinished, path)
 
 
-# Training: batches, learning rate, the step loop --------------------------------------------------
-
-
 def epoch_batch(records, size, step, *key):
-    """The batch of a step (from 0): epochs of shuffles that depend on `key` alone.
-
-    A function of the step, so no state has to be saved.
-    """
+    """The batch of a step (from 0): epochs of shuffles that depend on `key` alone."""
     batch = []
     for i in range(step * size, (step + 1) * size):
         epoch, place = divmod(i, len(records))
@@ -380,14 +302,22 @@ class Run:
     """The step loop of a run, its logs and checkpoints in a folder OUT. Stopped, it goes on.
 
     settings: a dict, kept as OUT/config.json; those named in `free` may change when the run is
-        taken up again. A folder of another run, or of a finished one, or one that another process
-        writes to, is refused: RunError.
+        taken up again. Raises RunError for a folder of another run, of a finished one, or to which
+        another process writes.
     save_every: steps between checkpoints (0: ten minutes), beside the one at the end of each stage
         and on SIGTERM or SIGINT, which end the run behind the step; keep: how many stay.
     max_bad_steps: so many steps in a row whose loss or gradient is not finite end the run.
     """
 
-    STATE = ("stage", "step", "total_steps", "skipped", "bad_steps", "summary")
+    STATE = ("stage", "step", "total_steps", "skipped", "bad_steps", "summary")  # of a checkpoint
+    stage = ""
+    step = 0  # of this stage, finished
+    total_steps = 0  # of all stages, finished
+    skipped = 0  # steps without an update
+    bad_steps = 0  # of these, the last ones in a row
+    status = ""  # shown behind the progress bar
+    asked_to_stop = False
+    board = None
 
     def __init__(self, out, settings, ranks, free=(), save_every=0, keep=2, max_bad_steps=3):
         self.out = Path(out)
@@ -395,16 +325,8 @@ class Run:
         self.save_every = save_every
         self.keep = keep
         self.max_bad_steps = max_bad_steps
-        self.stage = ""
-        self.step = 0  # of this stage, finished
-        self.total_steps = 0  # of all stages, finished
-        self.skipped = 0  # steps without an update
-        self.bad_steps = 0  # of these, the last ones in a row
-        self.summary = {}  # anything that JSON holds; kept in checkpoints
-        self.status = ""  # shown behind the progress bar
+        self.summary = {}  # anything that JSON holds
         self.saved_at = time.monotonic()
-        self.asked_to_stop = False
-        self.board = None
         if ranks.rank == 0:
             self._take_folder(settings, free)
             with contextlib.suppress(ImportError):
@@ -414,28 +336,22 @@ class Run:
         ranks.barrier()
 
     def _take_folder(self, settings, free):
-        config = self.out / "config.json"
         self.out.mkdir(parents=True, exist_ok=True)
-        if not config.exists() and any(path.suffix == ".jsonl" for path in self.out.iterdir()):
+        path = self.out / "config.json"
+        if not path.exists() and any(self.out.glob("*.jsonl")):
             raise RunError(f"--out {self.out}: holds other files; choose a new folder")
         self.lock = open(self.out / "lock", "w")  # noqa: SIM115 (kept until the process ends)
         try:
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
+        except OSError:
             raise RunError(f"--out {self.out}: another run writes here; wait for its end") from None
-        former = json.loads(config.read_text()) if config.exists() else settings
-        for name, value in settings.items():
-            if name not in free and former.get(name) != value:
-                raise RunError(
-                    f"--out {self.out}: holds another run (--{name} {former.get(name)}); "
-                    "choose another folder, or delete it"
-                )
+        former = json.loads(path.read_text()) if path.exists() else settings
+        for name in settings.keys() - set(free):
+            if former.get(name) != settings[name]:
+                raise RunError(f"--out {self.out}: holds a run with --{name} {former.get(name)}")
         if (self.out / "summary.json").exists() and not (self.out / "checkpoints").exists():
-            raise RunError(f"--out {self.out}: this run is finished; to repeat it, choose another")
-        write_json(config, settings)
-
-    def _checkpoints(self):
-        return sorted((self.out / "checkpoints").glob("[0-9]*[0-9]"))
+            raise RunError(f"--out {self.out}: holds this run, finished; choose another")
+        write_json(path, settings)
 
     def resume(self, module, optimizer):
         """Take up the newest checkpoint, if there is one; from here on signals stop the run."""
@@ -443,16 +359,55 @@ class Run:
         self.optimizer = optimizer
         sizes = {}
         if checkpoints := self._checkpoints():
-            state = load_checkpoint(checkpoints[-1], module, optimizer)
+            newest = checkpoints[-1]
+            dcp.load(self._tensors(), storage_reader=dcp.HuggingFaceStorageReader(str(newest)))
+            state = json.loads((newest / "state.json").read_text())
             for name in self.STATE:
                 setattr(self, name, state[name])
             sizes = state["logs"]
-            print0(f"resumed {checkpoints[-1]} at {self.stage} step {self.step}")
+            print0(f"resumed {newest} at {self.stage} step {self.step}")
         if self.ranks.rank == 0:  # what came after the checkpoint is done again
             for path in self.out.glob("*.jsonl"):
                 os.truncate(path, sizes.get(path.name, 0))
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
+
+    def _checkpoints(self):
+        return sorted((self.out / "checkpoints").glob("[0-9]*[0-9]"))
+
+    def _tensors(self):
+        """Weights and AdamW's moments by name. Missing moments are made."""
+        tensors = {}
+        for name, p in self.module.named_parameters():
+            moments = self.optimizer.state[p]
+            if not moments:
+                moments["step"] = torch.zeros(())
+                moments["exp_avg"] = torch.zeros_like(p)
+                moments["exp_avg_sq"] = torch.zeros_like(p)
+            for key, x in {"model": p.detach(), **moments}.items():
+                tensors[f"{key}.{name}"] = x
+        return tensors
+
+    def save(self):
+        """Write a checkpoint, each rank its parts; renamed when all of it is there."""
+        folder = self.out / "checkpoints" / f"{self.total_steps:06d}"
+        unfinished = folder.with_suffix(".unfinished")
+        if self.ranks.rank == 0:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir(parents=True)
+        self.ranks.barrier()
+        # Hugging Face's storage, safetensors: the default one keeps its index as a pickle.
+        writer = dcp.HuggingFaceStorageWriter(str(unfinished), save_distributed=True)
+        dcp.save(self._tensors(), storage_writer=writer)
+        if self.ranks.rank == 0:
+            state = {name: getattr(self, name) for name in self.STATE}
+            state["logs"] = {path.name: path.stat().st_size for path in self.out.glob("*.jsonl")}
+            write_json(unfinished / "state.json", state)
+            os.replace(unfinished, folder)
+            for old in self._checkpoints()[: -self.keep]:
+                shutil.rmtree(old)
+        self.ranks.barrier()
+        self.saved_at = time.monotonic()
 
     def _on_signal(self, number, frame):
         self.asked_to_stop = True
@@ -460,14 +415,11 @@ class Run:
         print0("stopping behind this step; once more to stop at once, unsaved")
 
     def steps(self, stage, count):
-        """Yield the steps of a stage that are still to do. A new stage has a fresh optimizer.
-
-        Raises Stopped behind a step in which any rank was asked to stop.
-        """
+        """Yield the steps of a stage that are still to do. Asked to stop, it raises Stopped."""
         if self.stage != stage:
             self.stage = stage
             self.step = 0
-            self.optimizer.state.clear()
+            self.optimizer.state.clear()  # a new stage has a fresh one
         with progress_bar(count, stage, self.step) as bar:
             while self.step < count:
                 yield self.step
@@ -483,14 +435,12 @@ class Run:
                 if stop or save or self.step == count:
                     self.save()
                 if stop:
-                    at = f"{stage} step {self.step}"
-                    raise Stopped(f"stopped after {at}; saved. The same command goes on from there")
+                    raise Stopped(f"saved {stage} step {self.step}; the same command goes on")
 
     def optimizer_step(self, loss, lr, max_norm=1.0):
         """Clip the gradients, take an optimizer step, clear them; returns the norm before clipping.
 
-        loss: of all ranks. If it or the norm is not finite, all ranks skip the step alike; after
-        max_bad_steps in a row this raises RunError.
+        loss: of all ranks. If it or the norm is not finite, all skip the step.
         """
         norm = torch.nn.utils.clip_grad_norm_(self.module.parameters(), max_norm)
         norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
@@ -512,29 +462,17 @@ class Run:
 
     def log(self, name, record):
         """Append a record to OUT/NAME.jsonl; its numbers go to TensorBoard, where installed."""
-        if self.ranks.rank:
-            return
-        with open(self.out / f"{name}.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
-        for key, value in record.items():
-            if self.board and isinstance(value, float):
-                self.board.add_scalar(f"{self.stage}/{key}", value, record["step"])
-
-    def save(self):
-        """Write a checkpoint; when it is there, old ones go."""
-        state = {name: getattr(self, name) for name in self.STATE}
-        state["logs"] = {path.name: path.stat().st_size for path in self.out.glob("*.jsonl")}
-        folder = self.out / "checkpoints" / f"{self.total_steps:06d}"
-        save_checkpoint(folder, self.module, self.optimizer, state, self.ranks)
         if self.ranks.rank == 0:
-            for old in self._checkpoints()[: -self.keep]:
-                shutil.rmtree(old)
-        self.saved_at = time.monotonic()
+            with open(self.out / f"{name}.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            for key, value in record.items():
+                if self.board and isinstance(value, float):
+                    self.board.add_scalar(f"{self.stage}/{key}", value, record["step"])
 
     def finish(self):
         """Write OUT/summary.json, and remove what only a run that goes on needs. On rank 0."""
         write_json(self.out / "summary.json", self.summary)
-        checkpoints = self.out / "checkpoints"
-        os.replace(checkpoints, checkpoints.with_suffix(".unfinished"))  # so none is there in part
-        shutil.rmtree(checkpoints.with_suffix(".unfinished"))
+        removed = self.out / "checkpoints.unfinished"
+        os.replace(self.out / "checkpoints", removed)  # so that none is ever there in part
+        shutil.rmtree(removed)
         (self.out / "lock").unlink()

@@ -109,7 +109,7 @@ class Config:
         if min(self.max_new_tokens, self.updates_per_batch, self.keep) < 1:
             raise grm.TaskError("--max_new_tokens, --updates_per_batch, --keep: at least 1")
         if min(self.prompts_per_step, self.sft_batch) < int(os.environ.get("WORLD_SIZE", 1)):
-            raise grm.TaskError("--prompts_per_step, --sft_batch: at least one for each rank")
+            raise grm.TaskError("--prompts_per_step, --sft_batch: at least one a rank")
 
 
 # What may change when a run is taken up again: results do not depend on it beyond rounding.
@@ -147,15 +147,11 @@ def load_data(config, task, renderer):
     if not data.keys() & {"train", "sft"}:
         raise grm.TaskError("nothing to do: no RL steps, and no SFT steps with demonstrations")
     for name, records in data.items():
-        for record, prompt in zip(records, renderer.prompts(records), strict=True):
+        prompts = renderer.prompts(records)
+        for record, prompt in zip(records, prompts, strict=True):
             record["prompt_ids"] = prompt
-        group_size = config.group_size if name == "train" else 1
-        rollout.prompts_at_once(
-            [record["prompt_ids"] for record in records],
-            group_size,
-            config.max_new_tokens,
-            config.cache_tokens,
-        )
+        size = config.group_size if name == "train" else 1
+        rollout.prompts_at_once(prompts, size, config.max_new_tokens, config.cache_tokens)
     if renderer.truncated:
         parallel.print0(f"{renderer.truncated} documents cut to fit the model's context")
     return data
@@ -176,9 +172,9 @@ def chosen_rule(rule, pairs, task):
 
 
 def export(policy, renderer, folder, max_new_tokens, dtype, ranks):
-    """Write a Hugging Face folder that from_pretrained and serving engines load, with criteria.md.
+    """Write a Hugging Face folder for from_pretrained and serving engines, with criteria.md.
 
-    Every rank must call it. dtype: of the weights.
+    dtype: of the weights. Every rank must call it.
     """
     model = parallel.gather_model(policy.model, ranks, dtype)
     if ranks.rank == 0:
@@ -254,10 +250,13 @@ def rl(policy, sampling_model, reference, renderer, data, config, ranks, run):
 
         # 2. Parse, reward, and give each token the credit that its step earned.
         traces = [[renderer.parse(answer) for answer in group] for group in answers]
-        rewards_PG = reward_groups(mine, traces, ranks.device)
-        advantages_PG = sam.group_advantages(
-            rewards_PG, config.normalize_std, config.advantage_clamp or None
-        )
+        rewards_PG = [
+            [grm.reward(trace, record["label"]) for trace in group]
+            for record, group in zip(mine, traces, strict=True)
+        ]
+        rewards_PG = torch.tensor(rewards_PG, device=ranks.device)
+        clamp = config.advantage_clamp or None
+        advantages_PG = sam.group_advantages(rewards_PG, config.normalize_std, clamp)
         advantages_N = advantages_PG.flatten()
         step_ends_NK, step_right_NK = judge_steps(mine, traces, renderer.task, config, ranks.device)
         credit_A = sam.stepwise_credit(
@@ -314,13 +313,15 @@ def rl(policy, sampling_model, reference, renderer, data, config, ranks, run):
         if config.sft_coef:
             figures["sft_loss"] = sft_loss
         figures |= token_means(totals, ranks)
-        figures |= answer_figures(sampled, traces, rewards_PG, advantages_N, credit_A, ranks)
+        of_answers = (rewards_PG, advantages_N, credit_A, lengths_N, sampled.ended_N, step_ends_NK)
+        figures |= sam.rollout_stats(*(ranks.gather_rows(x) for x in of_answers))
         figures |= step_figures(mine, traces, rewards_PG, credit_A, lengths_N, step_ends_NK, ranks)
         run.log("metrics", {"stage": "rl", "step": step + 1, **figures})
         times = {"sampling_s": sampled_at - started, "update_s": updated_at - sampled_at}
         run.log("timing", {"stage": "rl", "step": step + 1, "tokens": num_tokens, **times})
         if step % 10 == 0:
-            log_samples(run, mine[0], answers[0], traces[0], credit_A, renderer)
+            credits = credit_A.split(lengths_N.tolist())
+            log_samples(run, mine[0], answers[0], traces[0], credits, renderer)
         speed = num_tokens / (updated_at - started)
         run.status = f"reward {figures['reward']:.2f}, {speed:.0f} tok/s"
 
@@ -343,14 +344,6 @@ def sample_share(sampling_model, renderer, batch, share, step, config, ranks):
     return sampled.part(slice(share.start - ours.start, share.stop - ours.start))
 
 
-def reward_groups(batch, traces, device):
-    """Rewards [P, G], float32: 1.0 where the label is right, else 0.0."""
-    rewards = []
-    for record, group in zip(batch, traces, strict=True):
-        rewards.append([grm.reward(trace, record["label"]) for trace in group])
-    return torch.tensor(rewards, device=device)
-
-
 def judge_steps(batch, traces, task, config, device):
     """Where each answer's steps end, int64 [N, K], and which are right by the rule, bool [N, K].
 
@@ -360,13 +353,13 @@ def judge_steps(batch, traces, task, config, device):
     ends = []
     right = []
     for record, group in zip(batch, traces, strict=True):
-        targets = [record["label"]] * K
-        if config.rule == "symmetric":
-            targets = record["step_labels"]
         for trace in group:
-            judged = grm.step_verdicts(trace, targets)
-            if config.rule == "symmetric" and config.step_targets == "change":
-                judged = grm.step_changes(trace, targets, task)
+            if config.rule != "symmetric":
+                judged = grm.step_verdicts(trace, [record["label"]] * K)
+            elif config.step_targets == "labels":
+                judged = grm.step_verdicts(trace, record["step_labels"])
+            else:
+                judged = grm.step_changes(trace, record["step_labels"], task)
             ends.append([step.end for step in trace.steps] or [0] * K)
             right.append(judged or [False] * K)
     return torch.tensor(ends, device=device), torch.tensor(right, device=device)
@@ -374,17 +367,9 @@ def judge_steps(batch, traces, task, config, device):
 
 def token_means(totals, ranks):
     """Means over the tokens of all ranks of sums over micro-batches, which are scalar tensors."""
-    values = torch.stack([*totals.values()]).tolist()  # one transfer from the device
-    totals = ranks.sum(dict(zip(totals, values, strict=True)))
-    return {name: x / totals["tokens"] for name, x in totals.items() if name != "tokens"}
-
-
-def answer_figures(sampled, traces, rewards_PG, advantages_N, credit_A, ranks):
-    """What to log of a step's answers, of all ranks."""
-    malformed = [trace.problem is not None for group in traces for trace in group]
-    mine = (rewards_PG, advantages_N, credit_A, sampled.lengths_N, sampled.ended_N)
-    stats = sam.rollout_stats(*(ranks.gather_rows(x) for x in mine))
-    return stats | {"malformed": ranks.sum(sum(malformed)) / ranks.sum(len(malformed))}
+    sums = ranks.sum(torch.stack([*totals.values()]).cpu())  # one transfer from the device
+    sums = dict(zip(totals, sums.tolist(), strict=True))
+    return {name: x / sums["tokens"] for name, x in sums.items() if name != "tokens"}
 
 
 def step_figures(batch, traces, rewards_PG, credit_A, lengths_N, step_ends_NK, ranks):
@@ -394,31 +379,27 @@ def step_figures(batch, traces, rewards_PG, credit_A, lengths_N, step_ends_NK, r
     """
     right = []
     for record, group in zip(batch, traces, strict=True):
-        gold = record.get("step_labels", [])
-        right += [grm.step_verdicts(trace, gold) for trace in group]
+        right += [grm.step_verdicts(trace, record.get("step_labels", [])) for trace in group]
+    K = step_ends_NK.shape[1]
     known_N = torch.tensor([bool(steps) for steps in right], device=credit_A.device)
-    right_NK = torch.tensor([steps for steps in right if steps], device=credit_A.device).bool()
-    right_NK = right_NK.view(-1, step_ends_NK.shape[1])
+    right_NK = torch.tensor([steps or [False] * K for steps in right], device=credit_A.device)
     first_N = lengths_N.cumsum(0) - lengths_N
     credit_NK = credit_A[first_N[:, None] + step_ends_NK - 1]
-    mine = (rewards_PG.flatten()[known_N] > 0, right_NK, credit_NK[known_N])
-    return sam.step_stats(*(ranks.gather_rows(x) for x in mine))
+    of_steps = (rewards_PG.flatten() > 0, right_NK, credit_NK)
+    return sam.step_stats(*(ranks.gather_rows(x[known_N]) for x in of_steps))
 
 
-def log_samples(run, record, answers, traces, credit_A, renderer):
-    """Log the first and the last answer to a step's first prompt with the credit of their steps."""
+def log_samples(run, record, answers, traces, credits, renderer):
+    """Log two answers to a step's first prompt with the credit of their steps."""
     pair = {name: record[name] for name in ("query", "document", "label")}
-    credits = credit_A.split([*map(len, answers), len(credit_A) - sum(map(len, answers))])
-    for g in (0, len(answers) - 1):
+    for answer, trace, credit_T in list(zip(answers, traces, credits, strict=False))[:2]:
         steps = []
-        start = 0
-        for end in [step.end for step in traces[g].steps] or [len(answers[g])]:
-            text = renderer.decode(answers[g][start:end])
-            steps.append({"text": text, "credit": float(credits[g][end - 1])})
-            start = end
-        reward = grm.reward(traces[g], record["label"])
-        outcome = {"reward": reward, "problem": traces[g].problem, "steps": steps}
-        run.log("samples", {"step": run.step + 1, **pair, **outcome})
+        for step in trace.steps:
+            text = renderer.decode(answer[step.start : step.end])
+            steps.append({"text": text, "credit": float(credit_T[step.end - 1])})
+        outcome = {"answer": renderer.decode(answer), "problem": trace.problem, "steps": steps}
+        reward = grm.reward(trace, record["label"])
+        run.log("samples", {"step": run.step + 1, **pair, "reward": reward, **outcome})
 
 
 # Stage 3: what came out ---------------------------------------------------------------------------
@@ -446,32 +427,26 @@ def evaluate(sampling_model, renderer, data, config, ranks, run):
 
 
 def draw_curves(out):
-    """Draw OUT/curves.png: loss of SFT; reward and accuracy, credit, entropy of RL."""
+    """Draw OUT/curves.png from the logs: SFT's loss; RL's accuracy, credit and entropy."""
     from matplotlib.figure import Figure
 
     logs = [(out / f"{name}.jsonl").read_text().splitlines() for name in ("metrics", "tests")]
     steps, tests = ([json.loads(line) for line in lines] for lines in logs)
-    accuracies = {key: key for key in tests[0] if key.endswith("/accuracy")}
-    credit = {
-        "frac_zero_std": "groups without a signal",
-        "masked": "masked tokens",
-        "right_in_wrong": "right steps in wrong answers",
-        "wrong_in_right": "wrong steps in right answers",
-    }
+    accuracies = [key for key in tests[0] if key.endswith("/accuracy")]
     panels = {
-        "SFT: loss": {"loss": "loss"},
-        "RL: accuracy": {"reward": "sampled answers (reward)", "steps_right": "their steps"},
-        "RL: credit": credit,
-        "RL: entropy per token": {"entropy": "entropy"},
+        "SFT: loss": ["loss"],
+        "RL: accuracy": ["reward", "steps_right", *accuracies],
+        "RL: credit": ["frac_zero_std", "masked", "right_in_wrong", "wrong_in_right"],
+        "RL: entropy per token": ["entropy"],
     }
     figure = Figure(figsize=(11, 6.5), layout="constrained")
-    for axis, (title, names) in zip(figure.subplots(2, 2).flat, panels.items(), strict=True):
-        stage = title.split(":")[0].lower()
-        for key, name in (names | (accuracies if "accuracy" in title else {})).items():
+    for axis, (title, keys) in zip(figure.subplots(2, 2).flat, panels.items(), strict=True):
+        stage = title[:3].strip(":").lower()
+        for key in keys:
             records = tests if key in accuracies else [r for r in steps if r["stage"] == stage]
             known = [r for r in records if r.get(key) is not None]  # steps need step_labels
             x = [r["step"] if r["stage"] == stage else 0 for r in known]
-            axis.plot(x, [r[key] for r in known], "o-" if key in accuracies else "-", label=name)
+            axis.plot(x, [r[key] for r in known], "o-" if key in accuracies else "-", label=key)
         axis.set(title=title, xlabel="step", yscale="log" if stage == "sft" else "linear")
         axis.grid(alpha=0.3)
         axis.legend()
@@ -509,10 +484,9 @@ def main():
     # Of computing and sampling; master weights are float32.
     bf16 = parallel.chosen_bf16(config.bf16, ranks.device, model_config.hidden_size)
     dtype = torch.bfloat16 if bf16 else torch.float32
-    sizes = ", ".join(f"{name} {len(records):,}" for name, records in data.items())
-    parallel.print0(f"device  {ranks.world} x {ranks.device.type}, {dtype}; rule {config.rule}")
-    parallel.print0(f"pairs   {sizes}")
-    parallel.print0(f"output  {out}")
+    sizes = {name: len(records) for name, records in data.items()}
+    parallel.print0(f"{ranks.world} x {ranks.device.type}, {dtype}, rule {config.rule}, to {out}")
+    parallel.print0(f"pairs: {sizes}")
 
     policy = parallel.shard(policy, ranks, bf16)
     optimizer = torch.optim.AdamW(
