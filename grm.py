@@ -72,15 +72,13 @@ class Task:
     def load(cls, folder):
         """Read and check `folder`/criteria.md. Raises TaskError that names file and field."""
         path = Path(folder) / "criteria.md"
-        if not path.is_file():
-            raise TaskError(f"{path}: not found; --task names a folder with a criteria.md")
         try:
             text = path.read_text(encoding="utf-8-sig")
-            parts = re.split(r"^---[ \t]*$", text, maxsplit=2, flags=re.MULTILINE)
+            _, front, body = re.split(r"^---[ \t]*$", text, maxsplit=2, flags=re.MULTILINE)
             # The base loader keeps values as they are written: elsewhere in YAML 1.1, no is False.
-            head = yaml.load(parts[1], Loader=yaml.BaseLoader)
-            task = cls(folder=Path(folder), criteria=parts[2].strip(), **head)
-        except (IndexError, TypeError, ValueError, RecursionError, yaml.YAMLError) as error:
+            head = yaml.load(front, Loader=yaml.BaseLoader)
+            task = cls(folder=Path(folder), criteria=body.strip(), **head)
+        except (TypeError, ValueError, RecursionError, yaml.YAMLError) as error:
             raise TaskError(
                 f"{path}: must be UTF-8 and begin with a front matter, YAML of labels, relevant, "
                 f"steps and format between two lines of ---: {error}"
@@ -121,11 +119,8 @@ class Task:
         trained_for = Task.load(folder)
         for name in ("format", "steps", "labels"):
             theirs = getattr(trained_for, name)
-            ours = getattr(self, name)
-            if ours != theirs:
-                raise TaskError(
-                    f"{folder}: was trained for {name} {theirs}, and {self.folder} has {ours}"
-                )
+            if theirs != getattr(self, name):
+                raise TaskError(f"{folder}: was trained for other {name}, {theirs}")
 
     @property
     def boxes(self):
@@ -145,16 +140,11 @@ class Task:
 
     def read(self, path, required=("label",)):
         """Read a JSON Lines file of pairs, checked: query, document, and what is `required` of
-        label and response.
-
-        Returns Records. Raises TaskError that names the bad lines.
+        label and response. Returns Records. Raises TaskError that names the bad lines.
         """
-        path = Path(path)
-        if not path.is_file():
-            raise TaskError(f"{path}: not found")
         records = []
         problems = []
-        for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+        for number, line in enumerate(Path(path).read_bytes().split(b"\n"), 1):
             if not line.strip():
                 continue
             try:
@@ -173,30 +163,28 @@ class Task:
     def check(self, record, required=()):
         """A record with its labels as strings. Raises ValueError that says what is wrong."""
         if not isinstance(record, dict):
-            raise ValueError("must be a JSON object")
-        for name in ("query", "document", *(name for name in required if name != "label")):
+            raise TaskError("must be a JSON object")
+        texts = {"query", "document", *required} - {"label"}
+        for name in sorted(texts):
             if not isinstance(record.get(name), str) or not record[name].strip():
-                raise ValueError(f"{name!r} is missing, empty or not a string")
+                raise TaskError(f"{name!r} is missing, empty or not a string")
             record[name].encode("utf-8")  # raises for lone surrogates, which cannot be tokenised
-        if "label" in required or record.get("label") is not None:
-            record["label"] = self._label(record.get("label"))
-        else:
+        if record.get("label") is None and "label" not in required:
             record.pop("label", None)
+        else:
+            record["label"] = self._label(record.get("label"))
         if not self.steps:  # of the task's other form: there is nothing to compare them with
             record.pop("step_labels", None)
         if "step_labels" in record:
             steps = record["step_labels"]
             if not isinstance(steps, list) or len(steps) != len(self.boxes):
-                raise ValueError(
-                    f"'step_labels' must be a list of {len(self.boxes)} labels, "
-                    f"for {', '.join(self.boxes)}"
-                )
+                raise TaskError(f"'step_labels' must be a label each for {', '.join(self.boxes)}")
             record["step_labels"] = [self._label(label) for label in steps]
         return record
 
     def _label(self, value):
         if str(value) not in self.labels:
-            raise ValueError(f"unknown label {value!r}; the labels are {', '.join(self.labels)}")
+            raise TaskError(f"unknown label {value!r}; the labels are {', '.join(self.labels)}")
         return str(value)
 
     def grade(self, probs_NY):
@@ -222,15 +210,13 @@ def parse_settings(config_class, file_name, argv=None):
     parser = HfArgumentParser(config_class, allow_abbrev=False)
     given, _ = parser.parse_known_args(argv)
     path = Path(given.task) / file_name
-    flags = []
+    in_file = None
     if path.is_file():
         try:
             flags = [f"--{name}={value}" for name, value in json.loads(path.read_text()).items()]
         except (ValueError, AttributeError) as error:
             raise TaskError(f"{path}: must be a JSON object of settings: {error}") from None
-    parser.prog, usual = str(path), parser.prog
-    in_file = parser.parse_args(flags)
-    parser.prog = usual
+        in_file = HfArgumentParser(config_class, prog=path, allow_abbrev=False).parse_args(flags)
     return config_class(**vars(parser.parse_args(argv, in_file)))
 
 
@@ -292,24 +278,17 @@ class Renderer:
     def _read_template(self):
         """Cut the rendered chat template at criteria, query and document; find the turn's end."""
         source = self.tokenizer.name_or_path
-        if not self.tokenizer.chat_template:
-            raise TaskError(
-                f"{source}: the tokenizer has no chat template; put one into chat_template.jinja"
-            )
         user = f"Query: {self.QUERY}\nDocument: {self.DOCUMENT}"
-        with_system = [
-            {"role": "system", "content": self.CRITERIA},
-            {"role": "user", "content": user},
-        ]
-        # Some (Gemma's) know no system turn: the criteria lead the user's.
-        without = [{"role": "user", "content": f"{self.CRITERIA}\n\n{user}"}]
+        system = {"role": "system", "content": self.CRITERIA}
+        # Some templates (Gemma's) know no system turn: the criteria lead the user's.
+        led = {"role": "user", "content": f"{self.CRITERIA}\n\n{user}"}
         try:
             try:
-                prompt, turn = self._render(with_system)
+                prompt, turn = self._render([system, {"role": "user", "content": user}])
             except TemplateError:
-                prompt, turn = self._render(without)
+                prompt, turn = self._render([led])
         except Exception as error:  # whatever a foreign template makes the libraries raise
-            raise TaskError(f"{source}: its chat template fails: {error}") from error
+            raise TaskError(f"{source}: no chat template that works: {error}") from error
         pieces = re.split(f"{self.CRITERIA}|{self.QUERY}|{self.DOCUMENT}", prompt)
         if len(pieces) != 4 or self.ANSWER not in turn:
             raise TaskError(f"{source}: its chat template drops or repeats a message")
@@ -403,8 +382,7 @@ class Renderer:
 
     def decode(self, ids):
         """Text of ids, special tokens included."""
-        settings = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
-        return self.tokenizer.decode(ids, **settings)
+        return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
 
     def _boxed(self, ids):
         """What stands in the complete boxes of some ids, without white space."""
@@ -438,8 +416,7 @@ class Renderer:
     def parse(self, ids):
         """Parse an answer's ids into a Trace; any integers give one, never an exception.
 
-        Well-formed: exactly the expected boxes with known labels, closed by eos_id and nothing
-        else.
+        Well-formed: exactly the expected boxes with known labels, and then eos_id, nothing else.
         """
         if not ids or ids[-1] != self.eos_id:
             return Trace(problem="not ended")
@@ -460,9 +437,9 @@ class Renderer:
             if len(found) > min(1, len(boxes) - len(steps)):
                 return Trace(problem="too many boxes")
             if found:
-                label = self._known.get(found[0])
-                if label is None:
+                if found[0] not in self._known:
                     return Trace(problem="unknown label")
+                label = self._known[found[0]]
                 start = steps[-1].end if steps else 0
                 label_at = self._find_label(body, start, at + 1, label)
                 steps.append(Step(start, at + 1, label, label_at))
@@ -477,11 +454,10 @@ class Renderer:
         for at in range(end - 1, start, -1):
             if ids[at] != first:
                 continue
-            if "\\boxed" in self.decode(ids[at:end]):
-                return None  # before the box already
             before = "".join(self.decode(ids[start:at]).split())
             if before.endswith("\\boxed{"):
-                return at
+                # Behind an earlier box's opening it would not be this one's label.
+                return None if "\\boxed" in self.decode(ids[at:end]) else at
         return None
 
 
@@ -850,10 +826,8 @@ def main():
     hf_logging.disable_progress_bar()
     if args.max_new_tokens == 0 or getattr(args, "batch_size", 1) < 1:
         raise TaskError("--max_new_tokens and --batch_size must be at least 1")
-    if args.command == "score":
-        score_file(args)
-    else:
-        judge_pair(args)
+    command = {"score": score_file, "judge": judge_pair}[args.command]
+    command(args)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,6 @@ model width), V vocabulary.
 
 import os
 import runpy
-import sys
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, chain
@@ -229,9 +228,6 @@ def flash_backward(grad_SHD, q_SHD, out_SHD, lse_SH, k_CKD, v_CKD, segment, scal
     return queries.unpad(dq.transpose(1, 2)), dk, dv
 
 
-HALF = (torch.bfloat16, torch.float16)
-
-
 def tree_attention(
     module, query, key, value, attention_mask, scaling=None, dropout=0.0, tree=None, **kwargs
 ):
@@ -249,10 +245,11 @@ def tree_attention(
             f"{type(module).__name__}: dropout, soft-capping, sinks and a sliding window "
             "are not supported"
         )
-    if on_cuda(value) and (value.dtype not in HALF or value.shape[-1] not in range(8, 257, 8)):
+    head_size = value.shape[-1]
+    if on_cuda(value) and (value.dtype == torch.float32 or head_size not in range(8, 257, 8)):
         raise UnsupportedModelError(
-            f"{type(module).__name__}: CUDA's flash kernels take bfloat16 or float16 and head sizes "
-            f"of 8, 16, ..., 256, not {value.dtype} and {value.shape[-1]}; use --bf16 1, or a CPU"
+            f"{type(module).__name__}: CUDA's flash kernels take bfloat16 and head sizes of 8, 16, "
+            f"..., 256, not {value.dtype} and {head_size}; use --bf16 1, or a CPU"
         )
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     # Under autocast, rotary embeddings leave queries and keys in float32, values in bfloat16.
@@ -275,10 +272,8 @@ def use_tree_attention(model):
     """
     config = model.config
     problem = None
-    if getattr(config, "attn_logit_softcapping", None):
-        problem = "config.attn_logit_softcapping is set; soft-capping is not supported"
-    elif getattr(config, "final_logit_softcapping", None):
-        problem = "config.final_logit_softcapping is set; soft-capping is not supported"
+    if any(getattr(config, f"{what}_logit_softcapping", None) for what in ("attn", "final")):
+        problem = "soft-capping is not supported"
     elif "sliding_attention" in (getattr(config, "layer_types", None) or []):
         problem = "sliding-window attention is not supported; use a model with full attention"
     elif not getattr(model, "_supports_attention_backend", False):
@@ -318,30 +313,30 @@ class Tree:
             prompts, answers = [[0]], [[]]
         if not all(map(len, prompts)) or not all(map(len, chain(*answers))):
             raise ValueError("every prompt and every answer needs at least one token")
-        P = len(prompts)
         C = self.prefix = common_prefix_length(prompts)
         # The packed rows: their tokens, and the position of the first.
         rows = [(prompts[0][:C], 0)]
         rows += [(prompt[C:], C) for prompt in prompts]
-        for prompt, group in zip(prompts, answers, strict=True):
-            # The last token is only predicted, never fed.
-            rows += [(answer[:-1], len(prompt)) for answer in group]
-        lengths = [len(tokens) for tokens, _ in rows]
-        ends = [*accumulate(lengths)]
         predict = []
-        row = P
-        for number, group in enumerate(answers, 1):
-            for _ in group:
-                row += 1
-                # The first token is predicted by the prompt's last token.
-                predict += [ends[number] - 1, *range(ends[row] - lengths[row], ends[row])]
+        last = []
+        prompt_end = C
+        token = C + sum(len(prompt) - C for prompt in prompts)  # the next packed one
+        for prompt, group in zip(prompts, answers, strict=True):
+            prompt_end += len(prompt) - C
+            last.append(prompt_end - 1)
+            for answer in group:
+                # The last token is only predicted, never fed; the first by the prompt's last.
+                rows.append((answer[:-1], len(prompt)))
+                predict += [last[-1], *range(token, token + len(answer) - 1)]
+                token += len(answer) - 1
+        lengths = [len(tokens) for tokens, _ in rows]
         positions = [range(first, first + len(tokens)) for tokens, first in rows]
         as_tensor = lambda values: torch.tensor([*values], dtype=torch.long, device=device)
         self.input_ids = as_tensor(chain(*(tokens for tokens, _ in rows)))[None]
         self.position_ids = as_tensor(chain(*positions))[None]
         self.predict_A = as_tensor(predict)
         self.targets_A = as_tensor(chain(*chain(*answers)))
-        self.last_P = as_tensor(end - 1 for end in ends[1 : P + 1])
+        self.last_P = as_tensor(last)
         self.max_position = 1 + max(chain(*positions))
         self.keys = None
         groups = [sum(len(answer) - 1 for answer in group) for group in answers]
@@ -533,17 +528,13 @@ class Rollout:
 
     def part(self, prompts):
         """The Rollout of some of the prompts, a slice of them."""
-        group_size = len(self.lengths_N) // len(self.answers)
-        rows = slice(prompts.start * group_size, prompts.stop * group_size)
-        ends = [0, *self.lengths_N.cumsum(0).tolist()]
-        tokens = slice(ends[rows.start], ends[rows.stop])
-        return Rollout(
-            answers=self.answers[prompts],
-            lengths_N=self.lengths_N[rows],
-            ended_N=self.ended_N[rows],
-            logprobs_A=self.logprobs_A[tokens],
-            label_logits_AY=self.label_logits_AY[tokens],
-        )
+        G = len(self.answers[0])
+        rows = slice(prompts.start * G, prompts.stop * G)
+        lengths = self.lengths_N.tolist()
+        logprobs = self.logprobs_A.split(lengths)[rows]
+        label_logits = self.label_logits_AY.split(lengths)[rows]
+        of_answers = (self.answers[prompts], self.lengths_N[rows], self.ended_N[rows])
+        return Rollout(*of_answers, torch.cat(logprobs), torch.cat(label_logits))
 
 
 def uniforms(seed, step, rows, width):
@@ -590,39 +581,33 @@ class Decode:
         starts = tree.last_P.new_tensor([tree.prefix - 1])
         lengths = tree.last_P.diff(prepend=starts).tolist()
         packed = Sequences(lengths, device)
-        P = len(lengths)
-        T = max_new_tokens
-        self.max_position = tree.max_position + T
-        self.prefix = tree.prefix
-        self.prompt_keys = Slots(lengths, max(lengths), device)
-        self.answer_keys = Slots([0] * P * group_size, T, device)
-        self.prompt_A = torch.arange(P, device=device).repeat_interleave(group_size)
+        self.max_position = tree.max_position + max_new_tokens
+        self.widths = (tree.prefix, max(lengths), max_new_tokens)
+        self.prompt_A = torch.arange(len(lengths), device=device).repeat_interleave(group_size)
         self.position_ids = tree.position_ids[:, tree.last_P[self.prompt_A]]
         self.input_ids = torch.zeros_like(self.position_ids)
         self.cache = {}
         for layer, keys_and_values in tree.keys.items():
-            K, D = keys_and_values[0].shape[1:]
             levels = ([], [], [])
             for x in keys_and_values:
-                empty = x.new_zeros(len(self.prompt_A), T, K, D)
-                prompts = packed.pad(x[tree.prefix :])
-                for level, kept in zip(
-                    levels, (x[None, : tree.prefix], prompts, empty), strict=True
-                ):
-                    level.append(_by_head(kept))
+                levels[0].append(_by_head(x[None, : tree.prefix]))
+                levels[1].append(_by_head(packed.pad(x[tree.prefix :])))
+                empty = x.new_zeros(len(self.prompt_A), max_new_tokens, *x.shape[1:])
+                levels[2].append(_by_head(empty))
             self.cache[layer] = [*levels]
-        self._arrange()
+        self._arrange(lengths, 0)
 
-    def _arrange(self):
-        """The segments, as long as the same answers run."""
+    def _arrange(self, prompt_lengths, drawn):
+        """The segments, as long as the same answers run. drawn: of each, tokens in the cache."""
         n = len(self.prompt_A)
         device = self.prompt_A.device
-        every = slice(None)
+        prefix, prompt_width, answer_width = self.widths
         sizes = self.prompt_A.bincount().tolist()
-        together = Sequences([n], device)
-        prefix_keys = Slots([self.prefix], self.prefix, device)
+        every = slice(None)
+        self.prompt_keys = Slots(prompt_lengths, prompt_width, device)
+        self.answer_keys = Slots([drawn] * n, answer_width, device)
         self.segments = [
-            Segment(together, prefix_keys, every, every) if self.prefix else None,
+            Segment(Sequences([n], device), Slots([prefix], prefix, device), every, every),
             Segment(Sequences(sizes, device), self.prompt_keys, every, every),
             Segment(Sequences([1] * n, device), self.answer_keys, every, every),
         ]
@@ -630,18 +615,14 @@ class Decode:
 
     def keep(self, rows_A):
         """Go on with some of the answers, and their prompts."""
-        device = rows_A.device
         prompts, self.prompt_A = self.prompt_A[rows_A].unique(return_inverse=True)
         self.input_ids = self.input_ids[:, rows_A]
         self.position_ids = self.position_ids[:, rows_A]
-        lengths = [self.prompt_keys.lengths[i] for i in prompts.tolist()]
-        self.prompt_keys = Slots(lengths, self.prompt_keys.max_length, device)
-        drawn = [self.answer_keys.longest] * len(rows_A)
-        self.answer_keys = Slots(drawn, self.answer_keys.max_length, device)
         for levels in self.cache.values():
             levels[1] = [_by_head(x[prompts]) for x in levels[1]]
             levels[2] = [_by_head(x[rows_A]) for x in levels[2]]
-        self._arrange()
+        lengths = [self.prompt_keys.lengths[i] for i in prompts.tolist()]
+        self._arrange(lengths, self.answer_keys.longest)
 
     def step(self, model, ids_A):
         """Feed each answer's newest token; hidden states [A, D]. On CUDA from a graph."""
@@ -665,7 +646,7 @@ class Decode:
         column = self.answer_keys.used[:1].long() - 1
         for cached, new in zip(levels[2], (k_AKD, v_AKD), strict=True):
             cached.index_copy_(1, column, new[:, None])
-        parts = [(s, *kv) for s, kv in zip(self.segments, levels, strict=True) if s]
+        parts = [(s, *kv) for s, kv in zip(self.segments, levels, strict=True) if s.keys.longest]
         return attend(q_AHD, parts, scale)[0]
 
 
@@ -713,28 +694,23 @@ def sample(
     follows how many prompts are answered at a time.
     Raises ValueError for budgets that fit nothing, a missing eos_id, dropout, or too long a prompt.
     """
-    if eos_id is None:
-        raise ValueError("eos_id is missing: without an end-of-sequence token no answer can end")
-    if model.training:
-        raise ValueError("the model is in train mode; call model.eval() first")
+    if eos_id is None or model.training:
+        raise ValueError("sampling needs an eos_id, and the model in eval mode")
     context = model.config.max_position_embeddings
-    longest = max(map(len, prompts)) + max_new_tokens
-    if longest > context:
-        raise ValueError(
-            f"the longest prompt and answer need {longest} tokens, the context has {context}"
-        )
+    need = max(map(len, prompts)) + max_new_tokens
+    if need > context:
+        raise ValueError(f"prompt and answer need {need} tokens, the context has {context}")
     fitting = prompts_at_once(prompts, group_size, max_new_tokens, cache_tokens)
     parts = []
     for start in range(0, len(prompts), fitting):
         part = prompts[start : start + fitting]
-        rows = range(first_row + start * group_size, first_row + (start + len(part)) * group_size)
+        first = first_row + start * group_size
+        rows = range(first, first + len(part) * group_size)
         draws_NT = np.zeros((len(rows), max_new_tokens))
         if temperature:
             draws_NT = uniforms(seed, step, rows, max_new_tokens)
         draws_NT = torch.from_numpy(draws_NT).to(model.device)
-        parts.append(
-            _sample_part(model, part, group_size, draws_NT, eos_id, temperature, [*label_ids])
-        )
+        parts.append(_sample_part(model, part, draws_NT, eos_id, temperature, [*label_ids]))
     answers, *tensors = zip(*parts, strict=True)
     return Rollout([*chain(*answers)], *map(torch.cat, tensors))
 
@@ -742,9 +718,10 @@ def sample(
 SMALLEST_GRAPH = 32  # answers: fewer take a GPU as long, and to capture a graph takes many steps
 
 
-def _sample_part(model, prompts, group_size, draws_NT, eos_id, temperature, label_ids):
+def _sample_part(model, prompts, draws_NT, eos_id, temperature, label_ids):
     """As many prompts as the cache has room for; returns the fields of a Rollout."""
     N, T = draws_NT.shape
+    group_size = N // len(prompts)
     device = model.device
     head = model.get_output_embeddings()
     # 1. Prefill the common prefix and the prompts: a tree without answers.
@@ -824,13 +801,5 @@ class Engine:
         return torch.cat(logits)
 
 
-def main():
-    """`python rollout.py --bench`: measure this file (docs/bench.py says what and how)."""
-    bench = Path(__file__).resolve().parent / "docs" / "bench.py"
-    if not bench.is_file():
-        sys.exit("the benchmark, docs/bench.py, is not beside this file")
-    runpy.run_path(str(bench), run_name="__main__")
-
-
-if __name__ == "__main__":
-    main()
+if __name__ == "__main__":  # python rollout.py --bench: measure this file
+    runpy.run_path(str(Path(__file__).resolve().parent / "docs" / "bench.py"), run_name="__main__")
