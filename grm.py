@@ -29,6 +29,7 @@ from jinja2.exceptions import TemplateError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     GenerationConfig,
     HfArgumentParser,
@@ -602,11 +603,12 @@ def has_weights(source):
     return not Path(source).is_dir() or any(Path(source).glob("*.safetensors"))
 
 
-def load_model(source, dtype=torch.float32, seed=None, meta=False):
-    """Load (model, tokenizer) of a decoder-only model, on the CPU: safetensors, no remote code.
+def load_model(source, dtype=torch.float32, seed=None, meta=False, labels=None):
+    """Load (model, tokenizer) on the CPU: safetensors, no remote code.
 
-    source: a folder or a hub name. seed: of a model that is to be trained; one without weights then
-    starts from fresh ones. meta: without memory, for a rank that will receive the weights.
+    source: a folder or a hub name of a decoder-only model; or, with labels, of a model for a
+    classifier of them. seed: of a model that is to be trained: what it lacks starts fresh. meta:
+    without memory, for a rank that will receive the weights.
     Raises TaskError for what cannot be loaded whole.
     """
     folder = Path(source)
@@ -616,19 +618,23 @@ def load_model(source, dtype=torch.float32, seed=None, meta=False):
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        kind = AutoModelForCausalLM
+        if labels and not str(config.architectures).endswith("ForCausalLM']"):
+            kind = AutoModelForSequenceClassification
+            config.id2label = dict(enumerate(labels))
+            config.label2id = {label: i for i, label in enumerate(labels)}
+        torch.manual_seed(seed or 0)
         if meta or (seed is not None and not has_weights(source)):
-            torch.manual_seed(seed or 0)
             with torch.device("meta" if meta else "cpu"):
-                model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-            return model.eval(), tokenizer
+                return kind.from_config(config, dtype=dtype).eval(), tokenizer
         settings = {"use_safetensors": True, "trust_remote_code": False, "dtype": dtype}
-        model, report = AutoModelForCausalLM.from_pretrained(
-            source, config=config, output_loading_info=True, **settings
-        )
+        settings["output_loading_info"] = True
+        model, report = kind.from_pretrained(source, config=config, **settings)
     except Exception as error:  # whatever a broken or foreign file makes the libraries raise
         first_line = str(error).partition("\n")[0]
         raise TaskError(f"{source}: cannot be loaded: {first_line}") from error
-    if differing := sorted(report["missing_keys"] | report["unexpected_keys"]):
+    differing = sorted(report["missing_keys"] | report["unexpected_keys"])
+    if differing and kind is AutoModelForCausalLM:  # a classifier's head may be new
         raise TaskError(f"{source}: tensors are missing or left over: {differing[:5]}")
     model.generation_config = GenerationConfig()  # no temperature, top-k, ... is taken over
     return model.eval(), tokenizer

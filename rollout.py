@@ -769,7 +769,7 @@ def _sample_part(model, prompts, draws_NT, eos_id, temperature, label_ids):
 
 @dataclass
 class Engine:
-    """Greedy answers and label logits for many prompts, with shared prefixes computed once."""
+    """A model with what all its sampling has in common."""
 
     model: torch.nn.Module  # under tree attention
     eos_id: int
@@ -778,17 +778,21 @@ class Engine:
     max_tokens: int = 2**15  # of one forward pass
     cache_tokens: int = CACHE_TOKENS
 
-    def generate(self, prompts):
-        """Greedy answers, lists of ids, and the label logits [T, Y] at each of their positions."""
-        sampled = sample(
+    def sample(self, prompts, **settings):
+        """`sample`, with its other settings."""
+        return sample(
             self.model,
             prompts,
             max_new_tokens=self.max_new_tokens,
             eos_id=self.eos_id,
-            temperature=0,
             label_ids=self.label_ids,
             cache_tokens=self.cache_tokens,
+            **settings,
         )
+
+    def generate(self, prompts):
+        """Greedy answers, lists of ids, and the label logits [T, Y] at each of their positions."""
+        sampled = self.sample(prompts, temperature=0)
         answers = [answer for (answer,) in sampled.answers]
         return answers, sampled.label_logits_AY.cpu().split(sampled.lengths_N.tolist())
 

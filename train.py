@@ -106,8 +106,6 @@ class Config:
         self.out = self.out or str(Path("runs") / Path(self.task).resolve().name)
         if self.group_size < 2 or min(self.temperature, self.lr, self.sft_lr) <= 0:
             raise grm.TaskError("--group_size: at least 2; --temperature, --lr, --sft_lr: above 0")
-        if min(self.max_new_tokens, self.updates_per_batch, self.keep) < 1:
-            raise grm.TaskError("--max_new_tokens, --updates_per_batch, --keep: at least 1")
         if min(self.prompts_per_step, self.sft_batch) < int(os.environ.get("WORLD_SIZE", 1)):
             raise grm.TaskError("--prompts_per_step, --sft_batch: at least one a rank")
 
@@ -193,7 +191,7 @@ def export(policy, renderer, folder, max_new_tokens, dtype, ranks):
 # Stage 1: learn the form of the reasoning from demonstrations -------------------------------------
 
 
-def sft(policy, sampling_model, data, config, ranks, run):
+def sft(policy, engine, data, config, ranks, run):
     """Supervised fine-tuning on the demonstrations' tokens."""
     for step in run.steps("sft", config.sft_steps):
         started = time.perf_counter()
@@ -206,7 +204,7 @@ def sft(policy, sampling_model, data, config, ranks, run):
         seconds = time.perf_counter() - started
         run.log("timing", {"stage": "sft", "step": step + 1, "update_s": seconds})
         run.status = f"loss {loss:.3f}"
-    parallel.copy_weights(sampling_model, policy.model)
+    parallel.copy_weights(engine.model, policy.model)
 
 
 def sft_backward(policy, batch, config, ranks, coef=1.0):
@@ -231,17 +229,26 @@ def sft_backward(policy, batch, config, ranks, coef=1.0):
 # Stage 2: learn the rules from labels -------------------------------------------------------------
 
 
-def rl(policy, sampling_model, reference, renderer, data, config, ranks, run):
+def rl(policy, engine, reference, renderer, data, config, ranks, run):
     """Group-relative RL: sample, reward, give each step its credit, update."""
     for step in run.steps("rl", config.rl_steps):
         if config.eval_every and step and step % config.eval_every == 0:
-            evaluate(sampling_model, renderer, data, config, ranks, run)
+            evaluate(engine, renderer, data, ranks, run)
         started = time.perf_counter()
 
         # 1. Draw pairs and sample a group of answers to each; each rank goes on with its share.
         batch = parallel.epoch_batch(data["train"], config.prompts_per_step, step, config.seed, 1)
         share = ranks.share(len(batch))
-        sampled = sample_share(sampling_model, renderer, batch, share, step, config, ranks)
+        ours = ranks.sampling_share(len(batch))  # its share, or all that the ranks sample together
+        sampled = engine.sample(
+            [record["prompt_ids"] for record in batch[ours]],
+            group_size=config.group_size,
+            temperature=config.temperature,
+            seed=config.seed,
+            step=step,
+            first_row=ours.start * config.group_size,
+        )
+        sampled = sampled.part(slice(share.start - ours.start, share.stop - ours.start))
         mine = batch[share]
         prompts = [record["prompt_ids"] for record in mine]
         answers = sampled.answers
@@ -305,7 +312,7 @@ def rl(policy, sampling_model, reference, renderer, data, config, ranks, run):
                 loss += config.sft_coef * sft_loss
             lr = parallel.learning_rate(config.lr, step, config.rl_steps)
             grad_norm = run.optimizer_step(loss, lr, config.max_grad_norm)
-        parallel.copy_weights(sampling_model, policy.model)
+        parallel.copy_weights(engine.model, policy.model)
         updated_at = time.perf_counter()
 
         # 4. Log.
@@ -324,24 +331,6 @@ def rl(policy, sampling_model, reference, renderer, data, config, ranks, run):
             log_samples(run, mine[0], answers[0], traces[0], credits, renderer)
         speed = num_tokens / (updated_at - started)
         run.status = f"reward {figures['reward']:.2f}, {speed:.0f} tok/s"
-
-
-def sample_share(sampling_model, renderer, batch, share, step, config, ranks):
-    """The rollout.Rollout of this rank's share of a batch, sampled alone or by all together."""
-    ours = ranks.sampling_share(len(batch))
-    sampled = rollout.sample(
-        sampling_model,
-        [record["prompt_ids"] for record in batch[ours]],
-        group_size=config.group_size,
-        max_new_tokens=config.max_new_tokens,
-        eos_id=renderer.eos_id,
-        temperature=config.temperature,
-        seed=config.seed,
-        step=step,
-        first_row=ours.start * config.group_size,
-        cache_tokens=config.cache_tokens,
-    )
-    return sampled.part(slice(share.start - ours.start, share.stop - ours.start))
 
 
 def judge_steps(batch, traces, task, config, device):
@@ -405,12 +394,9 @@ def log_samples(run, record, answers, traces, credits, renderer):
 # Stage 3: what came out ---------------------------------------------------------------------------
 
 
-def evaluate(sampling_model, renderer, data, config, ranks, run):
+def evaluate(engine, renderer, data, ranks, run):
     """Metrics of greedy answers, {test set: metrics}; each rank judges its share."""
     started = time.perf_counter()
-    ids = (renderer.eos_id, renderer.label_ids)
-    budgets = (config.max_new_tokens, config.max_tokens, config.cache_tokens)
-    engine = rollout.Engine(sampling_model, *ids, *budgets)
     scores = {}
     figures = {}
     for name in [name for name in data if name.startswith("test")]:
@@ -493,23 +479,30 @@ def main():
         policy.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=config.weight_decay
     )
     run.resume(policy, optimizer)
-    sampling_model = parallel.sampling_copy(policy.model, ranks, bf16)
+    engine = rollout.Engine(
+        parallel.sampling_copy(policy.model, ranks, bf16),
+        renderer.eos_id,
+        renderer.label_ids,
+        config.max_new_tokens,
+        config.max_tokens,
+        config.cache_tokens,
+    )
 
     if run.stage in ("", "sft"):
         if "sft" in data and config.sft_steps:
-            sft(policy, sampling_model, data, config, ranks, run)
+            sft(policy, engine, data, config, ranks, run)
             export(policy, renderer, out / "sft", config.max_new_tokens, dtype, ranks)
-            run.summary["sft"] = evaluate(sampling_model, renderer, data, config, ranks, run)
+            run.summary["sft"] = evaluate(engine, renderer, data, ranks, run)
         elif config.eval_every:
-            run.summary["start"] = evaluate(sampling_model, renderer, data, config, ranks, run)
+            run.summary["start"] = evaluate(engine, renderer, data, ranks, run)
     if config.rl_steps:
         reference = None
         if config.kl_coef:  # the policy as it is before RL, frozen
             source = out / "sft" if (out / "sft").exists() else config.model
             reference, _ = make_policy(source, config, ranks)
             reference = parallel.shard(reference, ranks, bf16).requires_grad_(False)
-        rl(policy, sampling_model, reference, renderer, data, config, ranks, run)
-        run.summary["rl"] = evaluate(sampling_model, renderer, data, config, ranks, run)
+        rl(policy, engine, reference, renderer, data, config, ranks, run)
+        run.summary["rl"] = evaluate(engine, renderer, data, ranks, run)
     export(policy, renderer, out / "model", config.max_new_tokens, dtype, ranks)
     if ranks.rank == 0:
         draw_curves(out)
