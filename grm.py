@@ -129,9 +129,8 @@ class Task:
         return self.steps if self.format == "reason-first" else ["label", *self.steps]
 
     def moves(self, labels):
-        """How far each box of an answer moves the grade, in places of `labels`; the first from 0.
-
-        Answer-first, the steps begin again from 0 behind the answer's own box.
+        """How far each box moves the grade, in places of `labels`, from 0; answer-first, the steps
+        begin again from 0 behind the label's own box.
         """
         places = [self.labels.index(label) for label in labels]
         before = [0, *places]
@@ -205,8 +204,7 @@ def setting(default, text):
 def parse_settings(config_class, file_name, argv=None):
     """Settings from the command line, then TASK/`file_name` (JSON), then the dataclass's defaults.
 
-    Unknown names and values of another type end the program with a usage message that names the
-    file, if they come from there.
+    Unknown names and wrong types end the program with a usage message, which names the file.
     """
     parser = HfArgumentParser(config_class, allow_abbrev=False)
     given, _ = parser.parse_known_args(argv)
@@ -266,6 +264,7 @@ class Renderer:
         self.task = task
         self.tokenizer = tokenizer
         self.truncated = 0
+        self._size = len(tokenizer)
         self._added = set(tokenizer.added_tokens_encoder.values()) | set(tokenizer.all_special_ids)
         self._closers = {
             i for token, i in tokenizer.get_vocab().items() if "}" in token or token == "<0x7D>"
@@ -307,9 +306,7 @@ class Renderer:
         if behind_answer and behind_answer[0] in self._added:
             self.eos_id = behind_answer[0]
         if self.eos_id is None:
-            raise TaskError(
-                f"{source}: neither tokenizer nor template has an end-of-sequence token"
-            )
+            raise TaskError(f"{source}: has no end-of-sequence token")
 
     def _render(self, messages):
         """The chat template's text: up to the assistant's turn, and with a whole turn."""
@@ -351,9 +348,7 @@ class Renderer:
         unknown = self.tokenizer.unk_token_id
         unwritten = [label for label, ids in self._labels.items() if not ids or unknown in ids]
         if unwritten:
-            raise TaskError(
-                f"{path}: labels that the tokenizer cannot write ({', '.join(unwritten)})"
-            )
+            raise TaskError(f"{path}: the tokenizer cannot write the labels {unwritten}")
         if len(set(self.label_ids)) < len(self._labels):
             raise TaskError(f"{path}: labels whose first tokens coincide: {self._labels}")
         # Labels as this tokenizer writes them: a word-level one may lower-case or space them.
@@ -422,7 +417,7 @@ class Renderer:
         if not ids or ids[-1] != self.eos_id:
             return Trace(problem="not ended")
         body = ids[:-1]
-        if self.eos_id in body or any(not 0 <= i < len(self.tokenizer) for i in body):
+        if self.eos_id in body or any(not 0 <= i < self._size for i in body):
             return Trace(problem="a token that does not belong into an answer")
         steps = []
         boxes = self.task.boxes
@@ -465,9 +460,7 @@ class Renderer:
 def reward(trace, gold):
     """1.0 for a well-formed answer with the gold label, else 0.0: 1(f(o) = l), arXiv 2512.00968.
 
-    Answer-first, the first box alone is the label. An explanation that contradicts it is
-    well-formed: each of its steps is judged by its own target, so stepwise credit goes to whichever
-    of score and explanation is right (our rule).
+    Answer-first, the first box alone is the label; an explanation may contradict it.
     """
     return float(trace.problem is None and trace.label == gold)
 
@@ -480,8 +473,7 @@ def step_verdicts(trace, targets):
 def step_changes(trace, targets, task):
     """Whether each step moves the grade as its target does (our rule); [] for a malformed answer.
 
-    A grade so far carries a slip into all that follows: behind it every label is another than its
-    target, though the decisions may be right.
+    A grade so far carries a slip into all that follows, though the decisions there may be right.
     """
     moves = task.moves([step.label for step in trace.steps])
     return [move == target for move, target in zip(moves, task.moves(targets), strict=False)]
@@ -493,13 +485,11 @@ def step_changes(trace, targets, task):
 def metrics(task, records, predictions):
     """Metrics of predictions against records with labels.
 
-    predictions: dicts with `label` (None for a malformed answer), `grade` (float) and, optionally,
-    `probs` and `steps`. A malformed answer is wrong everywhere; for the kappa it counts as the
-    label farthest from the gold one.
-    accuracy, malformed, binary_accuracy (relevant or not), macro_f1 (the mean over the labels that
-    occur in the gold data), kappa (quadratic) and confusion (rows: gold; columns: predicted,
-    malformed last) come from one table. ece, the calibration error of the well-formed answers,
-    needs probs; ndcg@10 needs query_id; step_accuracy needs step_labels and steps.
+    predictions: dicts with `label` (None for a malformed answer, which is wrong everywhere),
+    `grade` (float) and, optionally, `probs` and `steps`.
+    binary_accuracy: relevant or not; macro_f1: over the labels that occur in the gold data;
+    confusion: rows gold, columns predicted, malformed last; ece, of the well-formed answers, needs
+    probs; ndcg@10 needs query_id; step_accuracy needs step_labels and steps.
     """
     Y = len(task.labels)
     index = {label: i for i, label in enumerate(task.labels)} | {None: Y}
@@ -606,15 +596,10 @@ def has_weights(source):
 def load_model(source, dtype=torch.float32, seed=None, meta=False, labels=None):
     """Load (model, tokenizer) on the CPU: safetensors, no remote code.
 
-    source: a folder or a hub name of a decoder-only model; or, with labels, of a model for a
-    classifier of them. seed: of a model that is to be trained: what it lacks starts fresh. meta:
-    without memory, for a rank that will receive the weights.
-    Raises TaskError for what cannot be loaded whole.
+    source: a folder or hub name of a decoder-only model or, with labels, of a classifier's base.
+    seed: of one to train: what it lacks starts fresh. meta: without memory, for a rank that will
+    receive the weights. Raises TaskError for what cannot be loaded whole.
     """
-    folder = Path(source)
-    is_path = len(folder.parts) > 2 or (folder.parent != Path() and folder.parent.is_dir())
-    if is_path and not folder.is_dir():  # the hub, asked for it, takes a minute
-        raise TaskError(f"{source}: no such model folder")
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
@@ -622,7 +607,7 @@ def load_model(source, dtype=torch.float32, seed=None, meta=False, labels=None):
         if labels and not str(config.architectures).endswith("ForCausalLM']"):
             kind = AutoModelForSequenceClassification
             config.id2label = dict(enumerate(labels))
-            config.label2id = {label: i for i, label in enumerate(labels)}
+            config.label2id = {label: i for i, label in config.id2label.items()}
         torch.manual_seed(seed or 0)
         if meta or (seed is not None and not has_weights(source)):
             with torch.device("meta" if meta else "cpu"):
@@ -660,9 +645,9 @@ def judge(renderer, engine, records, explain=True):
     engine: rollout.Engine, or anything with its `generate` and `label_logits`.
     The label distribution is a softmax over the labels' first tokens at one position: behind the
     model's own reasoning (reason-first), or directly behind the prompt and "\\boxed{"
-    (answer-first; the answer is only generated if explain). Where the answer itself goes through
-    that position, the logits of its generation are taken; else it takes another forward pass. A
-    malformed answer gets label None, and is read with "\\boxed{" put behind what it wrote.
+    (answer-first; the answer is only generated if explain). Where the answer went through this
+    position, the logits are those of its generation; else of another forward pass. A malformed
+    answer gets label None, and is read with "\\boxed{" put behind what it wrote.
     """
     task = renderer.task
     prompts = renderer.prompts(records)

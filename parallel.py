@@ -142,9 +142,7 @@ class Ranks:
         return values
 
     def gather_rows(self, x):
-        """Rows of every rank's tensor or list, rank by rank, on every rank."""
-        if isinstance(x, list):
-            return [row for rows in self.gather(x) for row in rows]
+        """Rows of every rank's tensor, rank by rank, on every rank."""
         return torch.cat(self.gather(x.cpu()))
 
     def barrier(self):
@@ -209,10 +207,10 @@ CUT |= {"self_attn.o_proj": RowwiseParallel(), "mlp.down_proj": RowwiseParallel(
 
 @torch.no_grad()
 def sampling_copy(model, ranks, bf16=False):
-    """A model as a rank needs it to sample: whole, or with sampling_shards its layers' part of it.
+    """A model as a rank needs it to sample: whole, or with sampling_shards a part of its layers.
 
-    In bfloat16 if `bf16`; one rank in float32 has the model itself. Every rank must call it. Raises
-    RunError for models that cannot be cut.
+    One rank in float32 has the model itself. Every rank must call it. Raises RunError for models
+    that cannot be cut.
     """
     if ranks.world == 1 and not bf16:
         return model
@@ -301,12 +299,10 @@ def learning_rate(peak, step, steps, final=0.1):
 class Run:
     """The step loop of a run, its logs and checkpoints in a folder OUT. Stopped, it goes on.
 
-    settings: a dict, kept as OUT/config.json; those named in `free` may change when the run is
-        taken up again. Raises RunError for a folder of another run, of a finished one, or to which
-        another process writes.
-    save_every: steps between checkpoints (0: ten minutes), beside the one at the end of each stage
-        and on SIGTERM or SIGINT, which end the run behind the step; keep: how many stay.
-    max_bad_steps: so many steps in a row whose loss or gradient is not finite end the run.
+    settings: kept as OUT/config.json; those in `free` may change when the run is taken up again.
+    save_every: steps between checkpoints (0: ten minutes), beside the end of a stage, SIGTERM and
+        SIGINT; keep: how many stay. max_bad_steps: so many not finite in a row end the run.
+    Raises RunError for a folder of another run, of a finished one, or in use.
     """
 
     STATE = ("stage", "step", "total_steps", "skipped", "bad_steps", "summary")  # of a checkpoint
@@ -381,9 +377,8 @@ class Run:
         for name, p in self.module.named_parameters():
             moments = self.optimizer.state[p]
             if not moments:
-                moments["step"] = torch.zeros(())
-                moments["exp_avg"] = torch.zeros_like(p)
-                moments["exp_avg_sq"] = torch.zeros_like(p)
+                zeros = torch.zeros_like(p)
+                moments |= {"step": torch.zeros(()), "exp_avg": zeros, "exp_avg_sq": zeros.clone()}
             for key, x in {"model": p.detach(), **moments}.items():
                 tensors[f"{key}.{name}"] = x
         return tensors
@@ -454,10 +449,8 @@ class Run:
             self.bad_steps += 1
         self.optimizer.zero_grad()
         if self.bad_steps >= self.max_bad_steps:
-            raise RunError(
-                f"{self.stage} step {self.step + 1}: loss {loss}, gradient norm {norm}, "
-                f"{self.bad_steps} times in a row; lower the learning rate"
-            )
+            at = f"{self.stage} step {self.step + 1}: loss {loss}, gradient norm {norm}"
+            raise RunError(f"{at}, {self.bad_steps} times in a row; lower the learning rate")
         return norm
 
     def log(self, name, record):

@@ -7,9 +7,8 @@ A batch is a tree:
 
 Sampling prefills prefix and prompts once and decodes all answers against their keys; training packs
 the tree into one row of tokens without padding. In both, a query's keys lie in up to three segments
-(prefix, prompt, own), and `attend` is all there is to attention: for each segment one fused kernel
-gives an output and a log-sum-exp, by which the outputs are merged. transformers' AttentionInterface
-knows it as "tree"; decoder-only Hugging Face models run unchanged.
+(prefix, prompt, own), and `attend` is all there is to attention: for each one fused kernel gives an
+output and a log-sum-exp, by which they are merged. Decoder-only Hugging Face models run unchanged.
 
     use_tree_attention(model)                     # once; refuses models that it cannot run
     sampled = sample(model, prompts, group_size=8, max_new_tokens=64, eos_id=2, seed=0, step=7)

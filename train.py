@@ -16,9 +16,7 @@ curves.png, and the Hugging Face folders sft/ and model/. Settings come from the
 TASK/train.json, then the defaults below (which fit real models).
 
 Several processes compute what one would (parallel.py). All randomness is drawn from (seed, step,
-row), so there is no state of random generators to save, and a resumed run writes the metrics.jsonl
-of one that was never stopped.
-
+row), so that a resumed run writes the metrics.jsonl of one that was never stopped.
 Left out on purpose: reward models, critics, LoRA, trainer classes.
 Shapes: P prompts, G answers a prompt, N = P * G answers, A tokens of all answers, packed one behind
 the other, K steps of an answer.
@@ -403,7 +401,7 @@ def evaluate(engine, renderer, data, ranks, run):
         mine = data[name][ranks.sampling_share(len(data[name]))]
         predictions = grm.judge(renderer, engine, mine) if mine else []
         if ranks.sampling_shards == 1:
-            predictions = ranks.gather_rows(predictions)
+            predictions = [p for part in ranks.gather(predictions) for p in part]
         scores[name] = grm.metrics(renderer.task, data[name], predictions)
         figures |= {f"{name}/{key}": scores[name][key] for key in ("accuracy", "macro_f1")}
     at = {"stage": run.stage, "step": run.step}
