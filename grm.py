@@ -75,10 +75,12 @@ class Task:
         path = Path(folder) / "criteria.md"
         try:
             text = path.read_text(encoding="utf-8-sig")
-            _, front, body = re.split(r"^---[ \t]*$", text, maxsplit=2, flags=re.MULTILINE)
+            before, front, body = re.split(r"^---[ \t]*$", text, maxsplit=2, flags=re.MULTILINE)
             # The base loader keeps values as they are written: elsewhere in YAML 1.1, no is False.
             head = yaml.load(front, Loader=yaml.BaseLoader)
             task = cls(folder=Path(folder), criteria=body.strip(), **head)
+            if before.strip():
+                raise ValueError("something stands before it")
         except (TypeError, ValueError, RecursionError, yaml.YAMLError) as error:
             raise TaskError(
                 f"{path}: must be UTF-8 and begin with a front matter, YAML of labels, relevant, "
@@ -94,6 +96,7 @@ class Task:
             values = getattr(self, name)
             if not isinstance(values, list) or not all(isinstance(v, str) for v in values):
                 return f"{name} must be a list, such as [no, yes]"
+            values = ["".join(value.split()) for value in values]  # as boxes are compared
             if len(set(values)) < len(values) or any(not v or set("{}") & set(v) for v in values):
                 return f"{name} must not repeat a value nor contain braces, nor an empty value"
         if len(self.labels) < 2 or not set(self.relevant) <= set(self.labels):
@@ -589,8 +592,11 @@ def print_table(results, extra=()):
 
 
 def has_weights(source):
-    """Whether a model's folder has safetensors; a hub name is taken to have them."""
-    return not Path(source).is_dir() or any(Path(source).glob("*.safetensors"))
+    """Whether a model's folder has weights, pickled ones too, which will be refused; a hub name is
+    taken to have them.
+    """
+    files = [*Path(source).glob("*.safetensors"), *Path(source).glob("*.bin")]
+    return not Path(source).is_dir() or bool(files)
 
 
 def load_model(source, dtype=torch.float32, seed=None, meta=False, labels=None):
@@ -619,7 +625,10 @@ def load_model(source, dtype=torch.float32, seed=None, meta=False, labels=None):
         first_line = str(error).partition("\n")[0]
         raise TaskError(f"{source}: cannot be loaded: {first_line}") from error
     differing = sorted(report["missing_keys"] | report["unexpected_keys"])
-    if differing and kind is AutoModelForCausalLM:  # a classifier's head may be new
+    if kind is not AutoModelForCausalLM:  # a classifier's head, and pooler, may be new
+        body = f"{model.base_model_prefix}."
+        differing = [x for x in differing if x.startswith(body) and "pooler" not in x]
+    if differing:
         raise TaskError(f"{source}: tensors are missing or left over: {differing[:5]}")
     model.generation_config = GenerationConfig()  # no temperature, top-k, ... is taken over
     return model.eval(), tokenizer
@@ -738,9 +747,10 @@ def score_file(args):
             raise TaskError(f"{partial}: another run writes here; wait for its end") from None
         file.seek(0)
         lines = [line for line in file if line.endswith(b"\n")]
-        if lines and settings.read_text() != text:
-            raise TaskError(f"{partial}: of other settings; delete it or change --out")
-        settings.write_text(text)
+        if not lines:
+            settings.write_text(text)
+        if settings.read_text() != text or not are_of(records, lines):
+            raise TaskError(f"{partial}: of other settings or pairs; delete it or change --out")
         grade_file(renderer, engine, records, file, lines, args)
     os.replace(partial, out)
     settings.unlink()
@@ -753,17 +763,19 @@ def score_file(args):
             print(f"  {name}: {json.dumps(value)}")
 
 
+def are_of(records, lines):
+    """Whether lines of a scored file are of the first of these records."""
+    try:
+        texts = [(result["query"], result["document"]) for result in map(json.loads, lines)]
+    except (ValueError, TypeError, KeyError):
+        return False
+    return texts == [(r["query"], r["document"]) for r in records[: len(texts)]]
+
+
 def grade_file(renderer, engine, records, file, lines, args):
     """Write a line for each record to a file, which holds the first `lines` already."""
     import parallel
 
-    for line, record in zip(lines, records, strict=False):
-        try:
-            result = json.loads(line)
-        except ValueError:
-            result = {}
-        if any(result.get(name) != record[name] for name in ("query", "document")):
-            raise TaskError(f"{file.name}: of other pairs, or damaged; delete it or change --out")
     done = len(lines)
     if done < len(records):
         done -= done % args.batch_size  # in another batch a pair's last digits may differ
@@ -776,7 +788,7 @@ def grade_file(renderer, engine, records, file, lines, args):
                 # `label` is the model's; one that the input had is kept as `gold`.
                 gold = {"gold": record.pop("label")} if "label" in record else {}
                 line = json.dumps(gold | record | result, ensure_ascii=False)
-                file.write(line.encode() + b"\n")
+                file.write(line.encode(errors="backslashreplace") + b"\n")
             file.flush()
             bar.update(len(batch))
 
@@ -815,7 +827,7 @@ def main():
     args = parser.parse_args()
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
-    if args.max_new_tokens == 0 or getattr(args, "batch_size", 1) < 1:
+    if min(args.max_new_tokens or 1, getattr(args, "batch_size", 1)) < 1:
         raise TaskError("--max_new_tokens and --batch_size must be at least 1")
     command = {"score": score_file, "judge": judge_pair}[args.command]
     command(args)

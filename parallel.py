@@ -17,7 +17,7 @@ the number of ranks beyond rounding. A training loop reads:
         run.optimizer_step(loss, learning_rate(1e-4, step, 1000))
         run.log("metrics", {"step": step + 1, "loss": loss})
 
-This file needs torch, numpy and tqdm only; copy it alone.
+This file needs torch, numpy, safetensors and tqdm only; copy it alone.
 """
 
 import contextlib
@@ -36,6 +36,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -48,7 +49,6 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from tqdm import tqdm
 
 SAVE_SECONDS = 600  # between checkpoints, where no number of steps is given
-IS_RANK_0 = os.environ.get("RANK", "0") == "0"  # which speaks and writes for all
 
 
 class RunError(Exception):
@@ -56,12 +56,17 @@ class RunError(Exception):
 
 
 class Stopped(Exception):  # noqa: N818 (it is no error)
-    """The run was asked to stop, and has saved."""
+    """The run was asked to stop, and has saved; or it is finished already."""
+
+
+def is_rank_0():
+    """Whether this process speaks and writes for all."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def print0(text):
     """Print a line on rank 0 alone, above a progress bar."""
-    if IS_RANK_0:
+    if is_rank_0():
         tqdm.write(str(text))
 
 
@@ -69,7 +74,7 @@ def progress_bar(total, title, done=0):
     """tqdm on rank 0; where the output is no terminal, a plain line every half minute."""
     plain = "{desc}: {n_fmt} of {total_fmt}, {rate_fmt}, {remaining} left{postfix}\n"
     settings = {} if sys.stderr.isatty() else {"bar_format": plain, "mininterval": 30}
-    return tqdm(total=total, desc=title, initial=done, disable=not IS_RANK_0, **settings)
+    return tqdm(total=total, desc=title, initial=done, disable=not is_rank_0(), **settings)
 
 
 def launch(main, errors=()):
@@ -78,11 +83,14 @@ def launch(main, errors=()):
         main()
     except Stopped as stopped:
         print0(stopped)
-    except (RunError, OSError, dcp.CheckpointException, *errors) as error:
-        if not IS_RANK_0:
+    except (Exception, dcp.CheckpointException) as error:  # the latter is no Exception
+        if not is_rank_0():
             time.sleep(5)  # rank 0 speaks first: torchrun ends the others as soon as one has left
         failures = getattr(error, "failures", {0: [error]})  # a checkpoint's, by rank
-        sys.exit(str(next(iter(failures.values()))[0]))
+        cause = next(iter(failures.values()))[0]
+        if not isinstance(cause, (RunError, OSError, SafetensorError, *errors)):
+            raise
+        sys.exit(str(cause))
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -302,7 +310,7 @@ class Run:
     settings: kept as OUT/config.json; those in `free` may change when the run is taken up again.
     save_every: steps between checkpoints (0: ten minutes), beside the end of a stage, SIGTERM and
         SIGINT; keep: how many stay. max_bad_steps: so many not finite in a row end the run.
-    Raises RunError for a folder of another run, of a finished one, or in use.
+    Raises RunError for a folder of another run, or in use; Stopped for a finished run's.
     """
 
     STATE = ("stage", "step", "total_steps", "skipped", "bad_steps", "summary")  # of a checkpoint
@@ -323,15 +331,16 @@ class Run:
         self.max_bad_steps = max_bad_steps
         self.summary = {}  # anything that JSON holds
         self.saved_at = time.monotonic()
+        if any(ranks.gather(ranks.rank == 0 and self._take_folder(settings, free))):
+            raise Stopped(f"--out {out}: holds this run, finished; to repeat it, choose another")
         if ranks.rank == 0:
-            self._take_folder(settings, free)
             with contextlib.suppress(ImportError):
                 from torch.utils.tensorboard import SummaryWriter
 
                 self.board = SummaryWriter(self.out / "tensorboard")
-        ranks.barrier()
 
     def _take_folder(self, settings, free):
+        """Lock OUT and write config.json; returns whether the run is finished."""
         self.out.mkdir(parents=True, exist_ok=True)
         path = self.out / "config.json"
         if not path.exists() and any(self.out.glob("*.jsonl")):
@@ -345,9 +354,8 @@ class Run:
         for name in settings.keys() - set(free):
             if former.get(name) != settings[name]:
                 raise RunError(f"--out {self.out}: holds a run with --{name} {former.get(name)}")
-        if (self.out / "summary.json").exists() and not (self.out / "checkpoints").exists():
-            raise RunError(f"--out {self.out}: holds this run, finished; choose another")
         write_json(path, settings)
+        return (self.out / "summary.json").exists() and not (self.out / "checkpoints").exists()
 
     def resume(self, module, optimizer):
         """Take up the newest checkpoint, if there is one; from here on signals stop the run."""
@@ -456,11 +464,13 @@ class Run:
     def log(self, name, record):
         """Append a record to OUT/NAME.jsonl; its numbers go to TensorBoard, where installed."""
         if self.ranks.rank == 0:
+            numbers = {key: x for key, x in record.items() if isinstance(x, float)}
+            missing = {key: None for key, x in numbers.items() if not math.isfinite(x)}
             with open(self.out / f"{name}.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
-            for key, value in record.items():
-                if self.board and isinstance(value, float):
-                    self.board.add_scalar(f"{self.stage}/{key}", value, record["step"])
+                file.write(json.dumps(record | missing, ensure_ascii=False) + "\n")
+            for key, x in numbers.items():
+                if self.board:
+                    self.board.add_scalar(f"{self.stage}/{key}", x, record["step"])
 
     def finish(self):
         """Write OUT/summary.json, and remove what only a run that goes on needs. On rank 0."""

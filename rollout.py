@@ -264,6 +264,10 @@ class UnsupportedModelError(ValueError):
     """An architecture whose attention the tree does not compute."""
 
 
+class BudgetError(ValueError):
+    """A cache that has no room for a single group of answers."""
+
+
 def use_tree_attention(model):
     """Switch a decoder-only Hugging Face model to tree attention; returns the model.
 
@@ -664,7 +668,7 @@ def prompts_at_once(prompts, group_size, max_new_tokens, cache_tokens):
     prefix = common_prefix_length(prompts)
     need = max(map(len, prompts)) - prefix + group_size * max_new_tokens
     if prefix + need > cache_tokens:
-        raise ValueError(
+        raise BudgetError(
             f"cache_tokens ({cache_tokens}): a group of {group_size} answers needs {prefix + need}"
         )
     return (cache_tokens - prefix) // need

@@ -104,6 +104,8 @@ class Config:
         self.out = self.out or str(Path("runs") / Path(self.task).resolve().name)
         if self.group_size < 2 or min(self.temperature, self.lr, self.sft_lr) <= 0:
             raise grm.TaskError("--group_size: at least 2; --temperature, --lr, --sft_lr: above 0")
+        if min(self.max_new_tokens, self.updates_per_batch, self.keep) < 1:
+            raise grm.TaskError("--max_new_tokens, --updates_per_batch, --keep: at least 1")
         if min(self.prompts_per_step, self.sft_batch) < int(os.environ.get("WORLD_SIZE", 1)):
             raise grm.TaskError("--prompts_per_step, --sft_batch: at least one a rank")
 
@@ -510,4 +512,5 @@ def main():
 
 
 if __name__ == "__main__":
-    parallel.launch(main, errors=(grm.TaskError, rollout.UnsupportedModelError))
+    errors = (grm.TaskError, rollout.UnsupportedModelError, rollout.BudgetError)
+    parallel.launch(main, errors)

@@ -73,10 +73,11 @@ def flash_backward(grad, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, dropout, c
 class Graph(TorchDispatchMode):
     """Records operations while active; `replay` runs each again on the same tensors, results into the same places."""
 
-    captured = 0
+    made = 0
 
     def __init__(self):
         super().__init__()
+        Graph.made += 1
         self.calls = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -90,21 +91,17 @@ class Graph(TorchDispatchMode):
                 if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
                     old.copy_(new)
 
-    def pool(self):
-        return None
-
 
 @contextlib.contextmanager
-def capture(graph, pool=None):
+def capture(graph):
     """As torch.cuda.graph."""
-    Graph.captured += 1
     with graph:
         yield
 
 
 def install(monkeypatch):
     """From here on rollout.py takes the path of CUDA."""
-    monkeypatch.setattr(rollout, "on_cuda_kernels", lambda x: True)
+    monkeypatch.setattr(rollout, "on_cuda", lambda x: True)
     monkeypatch.setattr(rollout, "_cuda_flash", flash)
     monkeypatch.setattr(rollout, "_cuda_flash_backward", flash_backward)
     monkeypatch.setattr(rollout, "SMALLEST_GRAPH", 1)

@@ -27,24 +27,23 @@ import rollout
 import train
 
 torch.set_num_threads(1)
-distill.Cache.SHARD = 2  # so that a small task has many
+distill.SHARD = 2  # so that a small task has many
 PROGRAMS = {"train": train.main, "distill": distill.main, "score": grm.main}
 PLACES = {
     "sample": (rollout, "sample"),
     "forward": (rollout.Policy, "forward"),  # the backward pass and the update follow
-    "update": (parallel.Progress, "optimizer_step"),
-    "save": (parallel, "save_tensors"),
-    "complete": (parallel.Checkpoints, "_complete"),
+    "update": (parallel.Run, "optimizer_step"),
+    "save": (parallel.Run, "save"),
     "evaluate": (grm, "judge"),
     "export": (train, "export"),
     "teacher": (distill.Teacher, "grade"),
-    "shard": (distill.Cache, "save"),
+    "shard": (parallel, "write_json"),
     "student": (distill.LabelStudent, "forward"),
     "compare": (distill.LabelStudent, "predict"),
-    "student export": (distill.LabelStudent, "write"),
+    "student export": (distill.LabelStudent, "save"),
     "judge": (grm, "judge"),
-    "put": (parallel, "put_in_place"),
-    "summary": (parallel.Progress, "finish"),
+    "put": (os, "replace"),
+    "summary": (parallel.Run, "finish"),
 }
 UNITS = ("update", "teacher", "judge")
 SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "stop": signal.SIGSTOP}
@@ -61,8 +60,8 @@ def inject(fault):
             if fault["do"] == "raise":
                 raise RuntimeError("injected")
             if fault["do"] == "nan":
-                grad = next(args[1].parameters()).grad
-                (grad.to_local() if parallel.is_sharded(grad) else grad).fill_(float("nan"))
+                grad = next(args[0].module.parameters()).grad
+                getattr(grad, "_local_tensor", grad).fill_(float("nan"))
             elif "after" in fault:
                 threading.Timer(fault["after"], os.kill, [os.getpid(), SIGNALS[fault["do"]]]).start()
             else:

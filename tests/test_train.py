@@ -1,8 +1,10 @@
 """train.py end to end on a cut-down notes task: files, repeatability, resumption, refusals, and that RL raises the reward."""
 
+import copy
 import itertools
 import json
 import os
+import re
 import runpy
 import shutil
 import signal
@@ -13,13 +15,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import NOTES, ROOT
+from conftest import ARCHITECTURES, NOTES, ROOT, make_model
 from matplotlib.figure import Figure
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import grm
 import parallel
 import rollout
+import sam
 import train
 
 SMALL = ["--sft_steps=4", "--sft_batch=4", "--rl_steps=4", "--prompts_per_step=3", "--group_size=2", "--eval_every=2"]
@@ -46,17 +50,16 @@ def run(monkeypatch, task, out, *flags):
     runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
 
 
-def stop_in(monkeypatch, owner, name, call):
-    """From now on a run gets SIGTERM in a call, by its number, of what may be broken off."""
+def call_in(monkeypatch, owner, name, number, event):
+    """From now on something happens before a call of a function, by its number."""
     calls, original = itertools.count(1), getattr(owner, name)
 
-    def stopping(*args, **settings):
-        if next(calls) == call:
-            signal.raise_signal(signal.SIGTERM)
-            assert name == "optimizer_step", "the signal must break off what runs"
+    def instead(*args, **settings):
+        if next(calls) == number:
+            event()
         return original(*args, **settings)
 
-    monkeypatch.setattr(owner, name, stopping)
+    monkeypatch.setattr(owner, name, instead)
 
 
 def lines(path):
@@ -88,7 +91,7 @@ def test_torchrun_writes_everything(task, tmp_path):
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
     summary = json.loads((out / "summary.json").read_text())
     assert set(summary) == {"sft", "rl"} and set(summary["rl"]) == {"test_random", "test_longtail"}
-    assert {"accuracy", "macro_f1", "kappa", "step_accuracy", "recall", "confusion"} <= set(summary["sft"]["test_random"])
+    assert {"accuracy", "macro_f1", "kappa", "step_accuracy", "confusion"} <= set(summary["sft"]["test_random"])
     for name in ("sft", "model"):
         model = AutoModelForCausalLM.from_pretrained(out / name)
         assert (model.generation_config.eos_token_id, model.generation_config.max_new_tokens) == (2, 56)
@@ -98,32 +101,37 @@ def test_torchrun_writes_everything(task, tmp_path):
 
 
 def test_a_stopped_run_goes_on_to_the_same_bytes(task, tmp_path, monkeypatch, capsys):
-    """SIGTERM within a step, in sampling or in an evaluation, which are not waited for: the same command goes on, with what is
-    saved, to the files of a run that was left alone, byte for byte. With stages, mode balance, a KL and two updates a step."""
-    write(task / "train.jsonl", [{**r, "stage": i % 2} for i, r in enumerate(lines(task / "train.jsonl"))])
+    """SIGTERM in an update, in sampling or in an evaluation, and a kill in the last one: the same command goes on to the files
+    of a run that was left alone, byte for byte. With mode balance, a KL and two updates a step."""
     flags = ["--sft_coef=0.1", "--updates_per_batch=2", "--kl_coef=0.1"]
-    updates, update = [], parallel.Progress.optimizer_step
-    monkeypatch.setattr(parallel.Progress, "optimizer_step", lambda *args: updates.append(1) or update(*args))
+    updates, update = [], parallel.Run.optimizer_step
+    monkeypatch.setattr(parallel.Run, "optimizer_step", lambda *args: updates.append(1) or update(*args))
     run(monkeypatch, task, tmp_path / "calm", *flags)
+    out = tmp_path / "out"
     stops = [
-        (parallel.Progress, "optimizer_step", 2, "sft step 2"),
-        (grm, "judge", 2, "sft step 4"),  # evaluating what SFT gave: its second test set
-        (rollout, "uniforms", 2, "rl step 1"),  # sampling
-        (grm, "judge", 1, "rl step 2"),  # evaluating on the way
-        (grm, "judge", 3, "rl step 4"),  # evaluating what RL gave, after that
+        (parallel.Run, "optimizer_step", 2, "sft step 2"),
+        (grm, "judge", 2, "rl step 1"),  # evaluating what SFT gave
+        (rollout, "uniforms", 1, "rl step 2"),  # sampling
+        (grm, "judge", 1, "rl step 3"),  # evaluating on the way
+        (grm, "judge", 2, ""),  # evaluating what RL gave
     ]
     for *place, reached in stops:
         with monkeypatch.context() as patched:
-            stop_in(patched, *place)
-            run(patched, task, tmp_path / "out", *flags)
-        assert f"stopped after {reached}; saved" in capsys.readouterr().out
-        assert not (tmp_path / "out" / "model").exists()
-        with open(tmp_path / "out" / "metrics.jsonl", "a") as file:
+            if reached:
+                call_in(patched, *place, lambda: signal.raise_signal(signal.SIGTERM))
+                run(patched, task, out, *flags)
+                assert re.search(f"saved.*{reached}|{reached}.*saved", capsys.readouterr().out)
+            else:
+                call_in(patched, *place, lambda: 1 / 0)  # no handler may see it, as none sees SIGKILL
+                with pytest.raises(ZeroDivisionError):
+                    run(patched, task, out, *flags)
+        assert not (out / "model").exists()
+        with open(out / "metrics.jsonl", "a") as file:
             file.write('{"stage": "rl", "step": 99}\n')  # as if killed later: what came after the checkpoint is redone
-    run(monkeypatch, task, tmp_path / "out", *flags)
+    run(monkeypatch, task, out, *flags)
     assert len(updates) == 2 * (4 + 2 * 4)  # none is done again
     for name in ("metrics.jsonl", "tests.jsonl", "samples.jsonl", "summary.json", "model/model.safetensors"):
-        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "calm" / name).read_bytes()
+        assert (out / name).read_bytes() == (tmp_path / "calm" / name).read_bytes()
 
 
 def test_what_is_logged_of_steps():
@@ -133,10 +141,10 @@ def test_what_is_logged_of_steps():
     ends_NK = torch.tensor([[2, 3], [0, 0], [1, 2], [1, 2], [0, 0], [1, 2]])
     lengths_N = torch.tensor([4, 2, 2, 3, 1, 2])
     traces = [trace("31", [2, 3]), malformed, trace("33", [1, 2])], [trace("31", [1, 2]), malformed, trace("00", [1, 2])]
-    batch = [{"label": "1", "step_labels": ["3", "1"], "targets": ["1", "1"]}, {"label": "1", "targets": ["1", "1"]}]
+    batch = [{"label": "1", "step_labels": ["3", "1"]}, {"label": "1"}]
     rewards_PG = torch.tensor([[1.0, 0.0, 0.0], [1.0, 0.0, 0.0]])
     credit_A = torch.tensor([9, 1, 2, 9, 9, 9, 4, -8, *[9] * 6]).float()
-    ranks = SimpleNamespace(device="cpu", gather=lambda x: x)
+    ranks = SimpleNamespace(gather_rows=lambda x: x)
     figures = train.step_figures(batch, traces, rewards_PG, credit_A, lengths_N, ends_NK, ranks)
     shares = {"steps_right": 3 / 4, "wrong_in_right": 0, "right_in_wrong": 1 / 2, "right_throughout": 1}
     assert figures == shares | {"credit_right": 1.0}
@@ -146,52 +154,69 @@ def test_what_is_logged_of_steps():
     assert train.step_figures(batch[1:], traces[1:], rewards_PG[1:], credit_A[8:], lengths_N[3:], ends_NK[3:], ranks) == nothing
 
 
-def test_budgets_come_from_the_memory(task, tmp_path, monkeypatch, capsys):
-    """Budgets that do not look at the machine, or that a flag no longer sets."""
-    monkeypatch.setattr(rollout, "device_memory", lambda device: 80e6)
-    flags = ["--rl_steps=0", "--sft_steps=1"]
-    run(monkeypatch, task, tmp_path / "a", *flags, "--cache_tokens=3000")
-    assert "budgets     1,024 tokens a micro-batch, 3,000 in the cache" in capsys.readouterr().out
-    run(monkeypatch, task, tmp_path / "b", *flags, "--max_tokens=3000", "--activation_checkpointing=1")
-    assert "budgets     3,000 tokens a micro-batch, 7,168 in the cache" in capsys.readouterr().out
-    monkeypatch.undo()
-    run(monkeypatch, task, tmp_path / "c", *flags)
-    assert "budgets     32,768 tokens a micro-batch, 131,072 in the cache" in capsys.readouterr().out
+def answer_first(task):
+    """The task in its other form, one label and no steps."""
+    front = 'labels: ["0", "1"]\nrelevant: ["1"]\nsteps: []\nformat: answer-first'
+    (task / "criteria.md").write_text(f"---\n{front}\n---\nAnswer with \\boxed{{grade}}.\n")
+    pairs = [{"query": "ramen", "document": f"{word} tips"} for word in ("sushi", "coffee", "paris", "tokyo")]
+    write(task / "sft.jsonl", [{**p, "response": f"\\boxed{{{label}}}"} for p in pairs for label in (0, 1)])
+    for name in ("train", "test_random", "test_longtail"):
+        write(task / f"{name}.jsonl", [{**p, "label": 1} for p in pairs])
 
 
-@pytest.mark.parametrize("rule", ["none", "tree"])
-def test_rules_that_need_no_step_labels(task, tmp_path, monkeypatch, rule):
-    """Labels asked for that the rule never reads."""
-    write(task / "train.jsonl", [{k: v for k, v in r.items() if k != "step_labels"} for r in lines(task / "train.jsonl")])
-    run(monkeypatch, task, tmp_path / "out", "--sft_steps=0", "--rl_steps=1", f"--rule={rule}")
-    last = lines(tmp_path / "out" / "metrics.jsonl")[-1]
-    assert last["steps_right"] is None and last["credit_right"] is None
+@pytest.mark.parametrize(
+    ("form", "rule", "came_to"),
+    [
+        ("labelled", "auto", "symmetric"),
+        ("one unlabelled", "auto", "sam"),
+        ("answer-first", "auto", "none"),
+        ("one unlabelled", "none", "none"),
+        ("one unlabelled", "sam", "sam"),
+    ],
+)
+def test_rule_auto_and_rules_that_need_no_step_labels(task, tmp_path, monkeypatch, form, rule, came_to):
+    """Another rule than what the data allow, "auto" in config.json, labels asked for that the rule never reads; or SAM's mean
+    over fewer answers than all of the step."""
+    if form == "answer-first":
+        answer_first(task)
+    if form == "one unlabelled":
+        records = lines(task / "train.jsonl")
+        del records[-1]["step_labels"]
+        write(task / "train.jsonl", records)
+    counted, mean = [], sam.mean_over_answers
+    monkeypatch.setattr(sam, "mean_over_answers", lambda *args: counted.append(args[3]) or mean(*args))
+    used, credit = [], sam.stepwise_credit
+    monkeypatch.setattr(sam, "stepwise_credit", lambda *args: used.append(args[4]) or credit(*args))
+    run(monkeypatch, task, tmp_path / "out", "--sft_steps=0", "--rl_steps=1", f"--rule={rule}", "--eval_every=0")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["rule"] == came_to and used == [came_to]
+    assert counted == ([3 * 2] if came_to == "sam" else [])
 
 
-def test_pictures_that_fail_lose_nothing(task, tmp_path, monkeypatch, capsys):
-    """A broken matplotlib at the end of a run of days: the summary is there, and the same command draws again, no more."""
+def test_pictures_that_fail_lose_nothing(task, tmp_path, monkeypatch):
+    """A broken matplotlib at the end of a run of days: the same command draws again, and trains no more."""
     out = tmp_path / "out"
     with monkeypatch.context() as patched, pytest.raises(ZeroDivisionError):
         patched.setattr(Figure, "savefig", lambda *args, **settings: 1 / 0)
         run(patched, task, out, "--rl_steps=1")
-    summary = (out / "summary.json").read_bytes()
-    monkeypatch.setattr(parallel.Progress, "optimizer_step", None)
+    metrics = (out / "metrics.jsonl").read_bytes()
+    monkeypatch.setattr(parallel.Run, "optimizer_step", None)
     run(monkeypatch, task, out, "--rl_steps=1")
-    assert (out / "summary.json").read_bytes() == summary and (out / "curves.png").exists()
+    assert (out / "metrics.jsonl").read_bytes() == metrics
+    assert (out / "summary.json").exists() and (out / "curves.png").exists()
 
 
 def test_checkpoints_come_every_ten_minutes(task, tmp_path, monkeypatch):
     """--save_every 0 that never saves: at the end of a stage, and where the clock says so."""
-    saved, save = [], parallel.Progress.save
-    monkeypatch.setattr(parallel.Progress, "save", lambda self: saved.append((self.stage, self.step)) or save(self))
+    saved, save = [], parallel.Run.save
+    monkeypatch.setattr(parallel.Run, "save", lambda self: saved.append((self.stage, self.step)) or save(self))
     clock = itertools.count(0, 250)  # seconds; asked once a step and once a checkpoint
-    monkeypatch.setattr(parallel.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(parallel, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     run(monkeypatch, task, tmp_path / "out", "--sft_steps=8", "--rl_steps=1")
-    assert saved == [("sft", 3), ("sft", 6), ("sft", 8), ("rl", 0), ("rl", 1)]
+    assert saved == [("sft", 3), ("sft", 6), ("sft", 8), ("rl", 1)]
 
 
 def test_master_weights_move_at_the_default_learning_rate(task, tmp_path, monkeypatch):
-    """LESSONS 2: at 1e-6 a step is below bfloat16's resolution; in float32 nearly all weights must have moved."""
+    """At 1e-6 a step is below bfloat16's resolution; in float32 nearly all weights must have moved."""
     run(monkeypatch, task, tmp_path / "a", "--sft_steps=1", "--rl_steps=0", "--sft_lr=1e-6")
     fresh, _ = grm.load_model(task / "model", seed=0)
     trained = AutoModelForCausalLM.from_pretrained(tmp_path / "a" / "sft")
@@ -227,20 +252,12 @@ def test_rl_alone_from_a_model_and_without_demonstrations(task, tmp_path, monkey
 
 def test_rl_raises_the_reward(task, tmp_path, monkeypatch):
     """The sign of everything: demonstrations flip a coin between two labels, the labels do not, and RL finds out."""
-    criteria = '---\nlabels: ["0", "1"]\nrelevant: ["1"]\nsteps: []\nformat: answer-first\n---\nAnswer with \\boxed{grade}.\n'
-    (task / "criteria.md").write_text(criteria)
-    pairs = [{"query": "ramen", "document": f"{word} tips"} for word in ("sushi", "coffee", "paris", "tokyo")]
-    demonstrations = [{**p, "response": f"\\boxed{{{label}}}"} for p in pairs for label in (0, 1)]
-    write(task / "sft.jsonl", demonstrations)
-    write(task / "train.jsonl", [{**p, "label": 1} for p in pairs])
-    write(task / "test.jsonl", [{**p, "label": 1} for p in pairs])
-    for name in ("test_random", "test_longtail"):
-        (task / f"{name}.jsonl").unlink()
+    answer_first(task)
     flags = ["--sft_steps=60", "--sft_lr=2e-3", "--rl_steps=30", "--lr=1e-3", "--group_size=8", "--prompts_per_step=4"]
     run(monkeypatch, task, tmp_path / "a", *flags, "--sft_batch=8", "--eval_every=0")
     rewards = [r["reward"] for r in lines(tmp_path / "a" / "metrics.jsonl") if r["stage"] == "rl"]
     assert rewards[0] < 0.8 and rewards[-1] > 0.95
-    assert json.loads((tmp_path / "a" / "summary.json").read_text())["rl"]["test"]["accuracy"] == 1.0
+    assert json.loads((tmp_path / "a" / "summary.json").read_text())["rl"]["test_random"]["accuracy"] == 1.0
 
 
 def break_file(name, change):
@@ -256,47 +273,32 @@ PAIR = '"query": "ramen", "document": "sushi tips"'
 LONG = f'{{"query": "{"ramen " * 500}", "document": "a", "label": 1, "step_labels": [1, 1, 1]}}'
 REFUSED = {
     "malformed JSON": (break_file("train.jsonl", second_line("{oops")), [], r"train\.jsonl:2: "),
-    "unknown label": (break_file("train.jsonl", second_line(f'{{{PAIR}, "label": 7}}')), [], r"train\.jsonl:2: unknown"),
-    "empty document": (
-        break_file("test_random.jsonl", second_line('{"query": "a", "document": " ", "label": 1}')), [],
-        r"test_random\.jsonl:2: 'document'",
-    ),
+    "no label": (break_file("test_random.jsonl", second_line(f"{{{PAIR}}}")), [], r"test_random\.jsonl:2: .*label"),
     "unparsable response": (
         break_file("sft.jsonl", second_line(f'{{{PAIR}, "response": "topic: \\\\boxed{{1}}"}}')), [],
-        r"sft\.jsonl:2: the response does not parse: missing boxes",
+        r"sft\.jsonl:2: .*missing boxes",
     ),
     "no step labels": (
-        break_file("train.jsonl", second_line(f'{{{PAIR}, "label": 1}}')), [], r"train\.jsonl:2: no step_labels; use --rule tr",
+        break_file("train.jsonl", second_line(f'{{{PAIR}, "label": 1}}')), ["--rule=symmetric"],
+        r"train\.jsonl:2: no step_labels; use --rule sam",
     ),
+    "sam of answer-first": (answer_first, ["--rule=sam"], "--rule sam: .*none"),
     "labels that cannot be written": (
-        break_file("criteria.md", lambda old: old.replace('"3"]  #', '"3", "3 stars"]  #')), [], r"cannot write \(3 stars\)",
+        break_file("criteria.md", lambda old: old.replace('"3"]  #', '"3", "3 stars"]  #')), [], r"cannot write .*3 stars",
     ),
-    "no tokenizer": (lambda task: (task / "model" / "tokenizer.json").unlink(), [], "no tokenizer"),
+    "no tokenizer": (lambda task: (task / "model" / "tokenizer.json").unlink(), [], "task/model: cannot be .*tokenizer"),
     "no chat template": (lambda task: (task / "model" / "chat_template.jinja").unlink(), [], "no chat template"),
-    "no model": (lambda task: None, ["--model=./nowhere"], "nowhere: not a model folder"),
-    "no such run": (lambda task: None, ["--model=tests/sft"], "tests/sft: not a model folder"),
-    "context": (
-        break_file("train.jsonl", second_line(LONG)), [], r"train\.jsonl:2: the criteria and the query alone",
-    ),
-    "no room for a prompt": (lambda task: None, ["--max_new_tokens=511"], "--max_new_tokens 511: leaves no room"),
-    "response too long": (lambda task: None, ["--max_new_tokens=20"], "more than --max_new_tokens"),
-    "group of one": (lambda task: None, ["--group_size=1"], "--group_size 1"),
-    "negative rate": (lambda task: None, ["--lr=-1"], "--lr -1.0"),
-    "nan": (lambda task: None, ["--temperature=nan"], "--temperature nan"),
+    "no such run": (lambda task: None, ["--model=/no/such/run"], "/no/such/run: "),
+    "context": (break_file("train.jsonl", second_line(LONG)), [], r"train\.jsonl:2: criteria, query and answer leave no room"),
+    "no room for a prompt": (lambda task: None, ["--max_new_tokens=511"], "lower --max_new_tokens"),
+    "response too long": (lambda task: None, ["--max_new_tokens=20"], r"sft\.jsonl:\d+: .*more than --max_new_tokens"),
+    "cache too small": (lambda task: None, ["--cache_tokens=99"], r"cache_tokens \(99\): a group of"),
+    "group of one": (lambda task: None, ["--group_size=1"], "--group_size: at least 2"),
+    "negative rate": (lambda task: None, ["--lr=-1"], "--lr, .*above 0"),
     "nothing to do": (lambda task: None, ["--sft_steps=0", "--rl_steps=0"], "nothing to do"),
-    "unknown setting": (break_file("train.json", lambda old: '{"learning_rate": 1}'), [], "unknown settings learning_rate"),
-    "setting of a wrong type": (break_file("train.json", lambda old: '{"lr": "fast"}'), [], r"train\.json: .*--lr"),
-    "the task in its own file": (break_file("train.json", lambda old: '{"task": "other"}'), [], "cannot say --task"),
-    "a setting twice": (break_file("train.json", lambda old: '{"lr": 1, "lr": 2}'), [], r"train\.json: 'lr' is given twice"),
-    "a setting that is no number": (break_file("train.json", lambda old: '{"lr": NaN}'), [], r"train\.json: NaN: is no"),
-    "deep settings": (break_file("train.json", lambda old: '{"lr": ' + "[" * 9999), [], r"train\.json: nested too deeply"),
+    "nothing to learn from": (lambda task: (task / "sft.jsonl").unlink(), ["--rl_steps=0"], "nothing to do.*demonstrations"),
+    "no demonstrations": (lambda task: (task / "sft.jsonl").unlink(), ["--sft_coef=1"], r"--sft_coef: .*sft\.jsonl"),
     "settings in a list": (break_file("train.json", lambda old: "[1]"), [], r"train\.json: must be a JSON object"),
-    "no label": (break_file("test_random.jsonl", second_line(f"{{{PAIR}}}")), [], r"test_random\.jsonl:2: 'label' is missing"),
-    "nothing to learn from": (lambda task: (task / "sft.jsonl").unlink(), ["--rl_steps=0"], "nothing to do without .*sft"),
-    "a stage without a step": (
-        break_file("train.jsonl", second_line(f'{{{PAIR}, "label": 1, "step_labels": [1, 1, 1], "stage": 7}}')), [],
-        r"train\.jsonl:2: stage 7 has 1 of 24 pairs, whose share of 4 RL steps",
-    ),
     "no tests": (lambda task: [path.unlink() for path in task.glob("test*.jsonl")], [], "no test"),
 }  # fmt: skip
 
@@ -313,7 +315,7 @@ def test_bad_input_is_refused_before_work(case, task, tmp_path, monkeypatch):
 
 
 def test_unknown_flags_and_values_are_refused(task, tmp_path, monkeypatch, capsys):
-    """argparse must neither guess an abbreviation nor pass a flag by."""
+    """argparse must neither guess an abbreviation nor pass a setting by, and name the file that holds it."""
     for flags in (["--ruel=none"], ["--rule=all"], ["--group=4"], ["--lr=fast"]):
         with pytest.raises(SystemExit):
             run(monkeypatch, task, tmp_path / "out", *flags)
@@ -321,39 +323,43 @@ def test_unknown_flags_and_values_are_refused(task, tmp_path, monkeypatch, capsy
     with pytest.raises(SystemExit) as caught:
         run(monkeypatch, task, tmp_path / "out", "--help")
     assert caught.value.code == 0 and "5 % warm-up" in " ".join(capsys.readouterr().out.split())
+    for settings in ('{"learning_rate": 1}', '{"lr": "fast"}'):
+        (task / "train.json").write_text(settings)
+        with pytest.raises(SystemExit) as caught:
+            run(monkeypatch, task, tmp_path / "out")
+        assert caught.value.code == 2 and re.search(r"train\.json: error: .*--l", capsys.readouterr().err)
 
 
 def test_byte_order_marks_and_line_ends_of_windows(task):
-    """A file saved by an editor on Windows is as good as another; a front matter that says a thing twice is not."""
+    """A file saved by an editor on Windows is as good as another."""
     for name in ("criteria.md", "train.jsonl"):
         text = (task / name).read_text()
         (task / name).write_bytes(b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode())
     loaded = grm.Task.load(task)
     assert loaded.steps == ["topic", "constraints", "promotion"] and len(loaded.read(task / "train.jsonl")) == 24
-    break_file("criteria.md", lambda old: old.replace("format:", "format: answer-first\nformat:"))(task)
-    with pytest.raises(grm.TaskError, match="format twice"):
-        grm.Task.load(task)
 
 
-def test_an_output_folder_of_another_run_is_refused(task, tmp_path, monkeypatch, capsys):
-    """Neither overwritten nor mixed: another run, a finished run, or any other files."""
-    out = tmp_path / "out"
+def test_an_output_folder_of_another_run_is_refused(task, tmp_path, monkeypatch):
+    """Neither overwritten nor mixed: another run, a finished run, or somebody's own files."""
+    out, flags = tmp_path / "out", ["--sft_steps=1", "--rl_steps=0"]
     out.write_text("a file")
-    with pytest.raises(SystemExit, match="not a folder"):
-        run(monkeypatch, task, out)
-    with pytest.raises(SystemExit, match="--out"):
-        run(monkeypatch, task, out / "below")
+    for place in (out, out / "below"):
+        with pytest.raises(SystemExit, match=str(out)):
+            run(monkeypatch, task, place)
     out.unlink()
     out.mkdir()
-    (out / "notes.txt").write_text("mine")
-    with pytest.raises(SystemExit, match="other files"):
+    write(out / "pairs.jsonl", [{"query": "mine"}])
+    with pytest.raises(SystemExit, match=r"--out .*other files"):
         run(monkeypatch, task, out)
-    (out / "notes.txt").unlink()
-    run(monkeypatch, task, out, "--sft_steps=1", "--rl_steps=0")
-    run(monkeypatch, task, out, "--sft_steps=1", "--rl_steps=0")
-    assert "finished; to repeat it" in capsys.readouterr().out
+    assert [path.name for path in out.iterdir()] == ["pairs.jsonl"] and lines(out / "pairs.jsonl") == [{"query": "mine"}]
+    (out / "pairs.jsonl").unlink()
+    run(monkeypatch, task, out, *flags)
+    written = {path: path.read_bytes() for path in out.rglob("*.json*")}
+    with pytest.raises(SystemExit, match="finished"):
+        run(monkeypatch, task, out, *flags)
     with pytest.raises(SystemExit, match="--seed 0"):
-        run(monkeypatch, task, out, "--sft_steps=1", "--rl_steps=0", "--seed=5")
+        run(monkeypatch, task, out, *flags, "--seed=5")
+    assert all(path.read_bytes() == text for path, text in written.items())
 
 
 def test_the_learning_rate_warms_up_and_falls():
@@ -374,17 +380,50 @@ def test_batches_are_epochs_of_shuffles():
     assert parallel.epoch_batch(records, 4, 0, 0, 1) != parallel.epoch_batch(records, 4, 0, 7, 1)
 
 
-def test_stages_come_in_order():
-    """Pairs of stage 1 before those of stage 2, each for its share of the steps, and within a stage each once an epoch."""
-    records = [{"stage": 2, "i": i} for i in range(7)] + [{"stage": 1, "i": i} for i in range(7, 19)]
-    stages = train.by_stage(records, 10)
-    drawn = [r["i"] for step in range(10) for r in train.draw_pairs(stages, step, train.Config(prompts_per_step=4))]
-    for start, end, first, last in ((0, 12, 7, 19), (12, 24, 7, 19), (24, 31, 0, 7), (31, 38, 0, 7)):
-        assert sorted(drawn[start:end]) == [*range(first, last)]
+EXPERTS = {"moe_intermediate_size": 16, "num_experts_per_tok": 2}
+EXPORTED = {name: {} for name in ARCHITECTURES} | {
+    "qwen3_moe": EXPERTS | {"num_experts": 4},
+    "glm4_moe": EXPERTS | {"n_routed_experts": 4, "n_shared_experts": 1},
+    "apertus": {},
+}
+NAMES = {  # a tensor of the file, as the hub has it
+    "qwen3_moe": "model.layers.0.mlp.experts.3.gate_proj.weight",
+    "glm4_moe": "model.layers.1.mlp.gate.e_score_correction_bias",
+    "apertus": "model.layers.1.mlp.act_fn.beta",
+}
+
+
+@pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("architecture", EXPORTED)
+def test_an_exported_model_reloads(task, tmp_path, architecture, bf16):
+    """A tensor lost or left fresh, a buffer (a router's bias) forgotten or rounded to bfloat16, experts under the names of
+    transformers' own layout, which serving engines do not know."""
+    model = make_model(architecture, **EXPORTED[architecture])
+    buffers = [name for name, _ in model.named_buffers() if name in model.state_dict()]
+    assert bool(buffers) == (architecture in ("glm4_moe", "apertus"))
+    for name in buffers:
+        model.get_buffer(name).uniform_()
+    expected = copy.deepcopy(model)
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    for p in expected.parameters():
+        p.data = p.data.to(dtype).float()
+    tokenizer = AutoTokenizer.from_pretrained(task / "model")
+    renderer = SimpleNamespace(tokenizer=tokenizer, eos_id=2, task=grm.Task.load(task))
+    ranks = parallel.Ranks()
+    policy = parallel.shard(rollout.Policy(model), ranks, bf16)
+    train.export(policy, renderer, tmp_path / "model", 56, dtype, ranks)
+    (path,) = (tmp_path / "model").glob("*.safetensors")
+    assert NAMES.get(architecture, "model.embed_tokens.weight") in load_file(path)
+    again, report = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, output_loading_info=True)
+    assert not report["missing_keys"] | report["unexpected_keys"] and not again.training
+    assert all(torch.equal(again.get_buffer(name), expected.get_buffer(name)) for name in buffers)
+    ids = torch.arange(3, 33)[None]
+    expected.set_attn_implementation("sdpa")
+    torch.testing.assert_close(again(ids).logits, expected(ids).logits)
 
 
 def test_answer_first_notes_train(tmp_path, monkeypatch):
-    """The embedded task in its other form, from make.py: demonstrations parse, steps are credited, contradictions counted."""
+    """The embedded task in its other form, from make.py: demonstrations parse, steps are credited."""
     make = runpy.run_path(str(NOTES / "make.py"))
     make["make"](tmp_path / "task", "answer-first")
     for path in (tmp_path / "task").glob("*.jsonl"):
@@ -392,7 +431,6 @@ def test_answer_first_notes_train(tmp_path, monkeypatch):
     run(monkeypatch, tmp_path / "task", tmp_path / "run")
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert list(summary["rl"]["test_random"]["step_accuracy"]) == ["label", "topic", "constraints", "promotion"]
-    assert "contradicted" in summary["rl"]["test_random"]
     record = grm.Task.load(tmp_path / "task").read(tmp_path / "task" / "train.jsonl")[0]
     assert record["step_labels"][0] == record["step_labels"][-1] == record["label"]
 
@@ -406,12 +444,13 @@ def test_the_sweep_of_credit_rules_reads_its_runs(tmp_path, monkeypatch, capsys)
         for r, rule in enumerate(credit.RULES):
             folder = credit.folder_of(tmp_path, 5, seed, 8, rule)
             folder.mkdir(parents=True)
-            reward = 0.5 + 0.1 * seed + (0.01 * (seed + 1) if rule == "tree" else 0)
+            reward = 0.5 + 0.1 * seed + (0.01 * (seed + 1) if rule == "sam" else 0)
             figures = {"stage": "rl", "steps_right": 0.5, "wrong_in_right": 0.25, "right_in_wrong": 0.75, "credit_right": 0.6}
+            figures["right_throughout"] = 0.9
             records = [figures | {"reward": min(reward, 0.1 * (step + 1))} for step in range(20)]
             records[0] = records[0] | dict.fromkeys(("wrong_in_right", "credit_right"))
             write(folder / "metrics.jsonl", [{"stage": "sft"}, *records])
-            test = {"accuracy": 0.5 + 0.01 * r, "step_accuracy": {"a": 0.2, "b": 0.4}, "right_throughout": 0.9}
+            test = {"accuracy": 0.5 + 0.01 * r, "step_accuracy": {"a": 0.2, "b": 0.4}}
             tests = {"test_random": test, "test_longtail": test}
             (folder / "summary.json").write_text(json.dumps({"start": {}, "rl": tests}))
     monkeypatch.setattr(sys, "argv", ["credit.py", f"--out={tmp_path}", "--seeds"])
@@ -421,16 +460,21 @@ def test_the_sweep_of_credit_rules_reads_its_runs(tmp_path, monkeypatch, capsys)
     for line in capsys.readouterr().out.splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         rows.setdefault(cells[2] if len(cells) > 2 else "", []).append(cells)
-    answers, steps = rows["tree"]
+    answers, steps = rows["sam"]
     # 0.01, 0.02 and 0.03, less what the ramp at the start takes of them.
     means = [np.mean([min(0.5 + 0.1 * s + d, 0.1 * (i + 1)) for i in range(20)]) for s in range(3) for d in (0, 0.01 * (s + 1))]
     gained = np.subtract(means[1::2], means[::2])
     half = 4.303 * gained.std(ddof=1) / 3**0.5
-    assert answers[:3] == ["5", "8", "tree"] and answers[5] == f"{gained.mean():+.3f} ± {half:.3f}"
+    assert answers[:3] == ["5", "8", "sam"] and answers[5] == f"{gained.mean():+.3f} ± {half:.3f}"
     assert answers[6:9] == ["0.530", "0.530", "+0.030 ± 0.000"]
-    assert steps[3:6] == ["0.500", "+0.000 ± 0.000", "0.300"] and steps[7:] == ["0.60", "0.250 → 0.250", "0.75 → 0.75"]
+    assert steps[3:6] == ["0.500", "+0.000 ± 0.000", "0.300"] and steps[6:] == [
+        "0.900 → 0.900",
+        "0.60",
+        "0.250 → 0.250",
+        "0.75 → 0.75",
+    ]
     assert rows["plain GRPO"][0][5] == "-"
     assert all((tmp_path / name).stat().st_size > 10000 for name in ("credit.png", "course.png"))
-    folder = credit.folder_of(tmp_path, 5, 0, 8, "tree")
+    folder = credit.folder_of(tmp_path, 5, 0, 8, "sam")
     credit.run(folder, 1)
     assert not (folder.parent / f"{folder.name}.log").exists()

@@ -1,5 +1,5 @@
-"""What needs a CUDA GPU: its flash kernels against their stand-in, CUDA graphs, bf16 sampling, a whole run. Skipped, and
-saying so, elsewhere."""
+"""What needs a CUDA GPU: its flash kernels against their stand-in, CUDA graphs, bfloat16 there beside float32 on the CPU, a
+whole run. Skipped, and saying so, elsewhere."""
 
 import gc
 import json
@@ -48,21 +48,19 @@ def test_kernels_keep_the_stand_ins_contract(monkeypatch, heads, size):
         assert (a - b).abs().max() < 0.02 * b.abs().max()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_tree_on_cuda_equals_tree_on_cpu(dtype):
-    """In bfloat16 the GPU's flash kernels, in float32 the formula: log-probabilities and gradients of the CPU's kernel."""
+def test_tree_on_cuda_equals_tree_on_cpu():
+    """Log-probabilities and gradients in bfloat16 through CUDA's kernels, and in float32 through the CPU's."""
     prompts, answers = long_batch()
     settings = {"head_dim": 16, "max_position_embeddings": 2048, "initializer_range": 0.1}
     results = []
     for device in ("cpu", "cuda"):
         model = make_model("qwen3", **settings).to(device)
-        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda" and dtype == torch.bfloat16):
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
             logprobs_A, _ = rollout.Policy(model)(rollout.Tree(prompts, answers, device))
         logprobs_A.sum().backward()
         results.append([logprobs_A.detach().cpu(), *(p.grad.cpu() for p in model.parameters())])
-    bound = 1e-3 if dtype == torch.float32 else 0.05
     for a, b in zip(*results, strict=True):
-        assert (a - b).norm() < bound * a.norm()
+        assert (a - b).norm() < 0.05 * a.norm()
 
 
 def test_one_query_among_two_prompts():
@@ -76,30 +74,52 @@ def test_one_query_among_two_prompts():
     assert (results[0] - results[1]).abs().max() < 0.05
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_tree_without_prompts_on_cuda(dtype):
+@pytest.mark.parametrize("master", [torch.float32, torch.bfloat16])
+def test_a_tree_without_prompts_on_cuda(master):
     """The one token of a rank without work: a missing gradient or a NaN would reach every rank."""
-    model = make_model("qwen3", head_dim=16).to("cuda", dtype)
-    rollout.Policy(model)(rollout.Tree([], [], "cuda"))[0].sum().backward()
+    model = make_model("qwen3", head_dim=16).to("cuda", master)
+    with torch.autocast("cuda", torch.bfloat16, enabled=master == torch.float32):
+        rollout.Policy(model)(rollout.Tree([], [], "cuda"))[0].sum().backward()
     assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in model.parameters())
 
 
-@pytest.mark.parametrize("cache_tokens", [240, 2**17])
-def test_cuda_graphs_give_the_same_tokens(monkeypatch, cache_tokens):
-    """Captured steps against eager ones of the same shapes; with refills, idle rows and shrinking batches."""
-    monkeypatch.setattr(rollout, "SMALLEST_GRAPH", 1)
+def test_float32_is_refused_by_name():
+    """The kernels' own message in the middle of a run, which names no way out."""
+    model = make_model("qwen3", head_dim=16).to("cuda")
+    for run in (
+        lambda: rollout.sample(model, PROMPTS, max_new_tokens=4, eos_id=2),
+        lambda: rollout.Policy(model)(rollout.Tree(PROMPTS, [[[3, 4]]] * 3, "cuda")),
+    ):
+        with pytest.raises(rollout.UnsupportedModelError, match=r"not torch\.float32 and 16; use --bf16 1"):
+            run()
+
+
+def eager_step(decode, model, ids_A):
+    """Decode.step without a graph."""
+    decode.input_ids.copy_(ids_A[None])
+    decode.position_ids += 1
+    decode.answer_keys.grow()
+    return rollout.forward(model, decode)
+
+
+@pytest.mark.parametrize("cache_tokens", [280, 2**17])
+@pytest.mark.parametrize("smallest", [1, 32])
+def test_cuda_graphs_give_the_same_tokens(monkeypatch, smallest, cache_tokens):
+    """Captured steps against eager ones of the same shapes, in a small cache part after part; at most one graph is captured
+    for each halving of the running answers."""
+    made, graph = [], torch.cuda.CUDAGraph
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: made.append(graph()) or made[-1])
+    monkeypatch.setattr(rollout, "SMALLEST_GRAPH", smallest)
     model = make_model("qwen3", head_dim=16).to("cuda", torch.bfloat16)
-    settings = {"group_size": 3, "max_new_tokens": 40, "eos_id": 2, "cache_tokens": cache_tokens, "label_ids": [3, 60, 2]}
-    graphs, eager = (rollout.sample(model, PROMPTS * 2, seed=5, cuda_graphs=on, **settings) for on in (True, False))
+    settings = {"group_size": 6, "max_new_tokens": 40, "eos_id": 2, "seed": 5, "label_ids": [3, 60, 2]}
+    graphs = rollout.sample(model, PROMPTS * 2, cache_tokens=cache_tokens, **settings)
+    at_once = min(6, rollout.prompts_at_once(PROMPTS * 2, 6, 40, cache_tokens))
+    parts, answers = 6 // at_once, 6 * at_once
+    assert parts <= len(made) <= parts * (answers.bit_length() if smallest == 1 else 1 + (answers > 32))
+    monkeypatch.setattr(rollout.Decode, "step", eager_step)
+    eager = rollout.sample(model, PROMPTS * 2, cache_tokens=cache_tokens, **settings)
     assert graphs.answers == eager.answers and torch.equal(graphs.ended_N, eager.ended_N)
     torch.testing.assert_close((graphs.logprobs_A, graphs.label_logits_AY), (eager.logprobs_A, eager.label_logits_AY))
-
-
-def test_float32_samples_equal_those_of_the_cpu():
-    """The formula's answers on the GPU are the CPU kernel's."""
-    settings = {"group_size": 3, "max_new_tokens": 20, "eos_id": 2, "seed": 5}
-    answers = [rollout.sample(make_model("qwen3").to(device), PROMPTS, **settings).answers for device in ("cpu", "cuda")]
-    assert answers[0] == answers[1]
 
 
 def test_memory_is_returned_after_a_call():
@@ -115,14 +135,16 @@ def test_memory_is_returned_after_a_call():
 
 
 def test_bf16_samples_are_scored_alike():
-    """bfloat16 sampling on the GPU against float32 scoring there, after prompts of hundreds of tokens."""
+    """bfloat16 sampling on the GPU, after prompts of hundreds of tokens: its trainer, and float32 on the CPU, say the same."""
     settings = {"initializer_range": 0.08, "head_dim": 16, "max_position_embeddings": 2048}
     half = make_model("qwen3", **settings).to("cuda", torch.bfloat16)
     prompts, _ = long_batch()
     out = rollout.sample(half, prompts, group_size=4, max_new_tokens=40, eos_id=2)
-    model = make_model("qwen3", **settings).to("cuda")
-    scored_A, _ = rollout.Policy(model)(rollout.Tree(prompts, out.answers, "cuda"))
-    assert (scored_A - out.logprobs_A).abs().max() < 0.15
+    for device in ("cpu", "cuda"):
+        model = make_model("qwen3", **settings).to(device)
+        with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            scored_A, _ = rollout.Policy(model)(rollout.Tree(prompts, out.answers, device))
+        assert (scored_A.cpu() - out.logprobs_A.cpu()).abs().max() < 0.15
 
 
 def test_a_run_on_cuda(tmp_path, monkeypatch):
