@@ -827,7 +827,8 @@ def main():
     args = parser.parse_args()
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
-    if min(args.max_new_tokens or 1, getattr(args, "batch_size", 1)) < 1:
+    sizes = (args.max_new_tokens, getattr(args, "batch_size", None))
+    if any(size is not None and size < 1 for size in sizes):
         raise TaskError("--max_new_tokens and --batch_size must be at least 1")
     command = {"score": score_file, "judge": judge_pair}[args.command]
     command(args)

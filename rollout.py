@@ -274,11 +274,12 @@ def use_tree_attention(model):
     Raises UnsupportedModelError, before any work, for architectures that the tree does not compute.
     """
     config = model.config
+    others = set(getattr(config, "layer_types", None) or []) - {"full_attention"}
     problem = None
     if any(getattr(config, f"{what}_logit_softcapping", None) for what in ("attn", "final")):
         problem = "soft-capping is not supported"
-    elif "sliding_attention" in (getattr(config, "layer_types", None) or []):
-        problem = "sliding-window attention is not supported; use a model with full attention"
+    elif others:
+        problem = f"layers of {', '.join(sorted(others))} are not supported"
     elif not getattr(model, "_supports_attention_backend", False):
         problem = "its attention cannot be replaced through transformers' AttentionInterface"
     elif model.get_output_embeddings().bias is not None:
@@ -695,7 +696,7 @@ def sample(
     does not depend on who shares its batch, beyond rounding. label_ids: ids whose logits are kept
     at every token. The keys and values of at most `cache_tokens` tokens are held, from which
     follows how many prompts are answered at a time.
-    Raises ValueError for budgets that fit nothing, a missing eos_id, dropout, or too long a prompt.
+    Raises BudgetError, or ValueError without eos_id, in train mode, or for too long a prompt.
     """
     if eos_id is None or model.training:
         raise ValueError("sampling needs an eos_id, and the model in eval mode")

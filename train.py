@@ -445,7 +445,8 @@ def make_policy(source, config, ranks):
     rollout.use_tree_attention(model)
     choice = config.activation_checkpointing
     if choice == "1" or (choice == "auto" and ranks.device.type == "cuda"):
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        settings = {"use_reentrant": False}
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=settings)
         for layer in parallel.transformer_layers(model):
             layer.training = True  # transformers checkpoints in train mode; dropout stays off
     return rollout.Policy(model), tokenizer

@@ -284,9 +284,9 @@ def make(source, out, model=None, form="label"):
         tokenizer.save_pretrained(out / "model")
         make_config(tokenizer).save_pretrained(out / "model")
     else:
-        tokenizer = grm.load_model(model, "meta")[1]
+        tokenizer = grm.load_model(model, meta=True)[1]
     renderer = grm.Renderer(task, tokenizer)
-    longest = max(len(renderer.response(record["response"])) for record in train)
+    longest = max(len(renderer.encode_response(record["response"])) for record in train)
     settings = {"max_new_tokens": max(16, longest + 8), **SETTINGS, **(PRETRAINED if model else {})}
     (out / "train.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
@@ -346,9 +346,11 @@ def fit_thresholds(scores, gold, classes):
 
 def load_encoder(source):
     """(tokenizer, model) of a folder or hub name, as of the sentence-transformers."""
-    with grm.blaming(source):
+    try:
         tokenizer = AutoTokenizer.from_pretrained(source)
         return tokenizer, AutoModel.from_pretrained(source, use_safetensors=True).eval()
+    except (OSError, ValueError) as error:
+        raise grm.TaskError(f"--encoder {source}: cannot be loaded: {error}") from error
 
 
 def cosine_scores(records, tokenizer, model):

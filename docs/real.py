@@ -40,7 +40,6 @@ import chorus
 import grm
 import rollout
 import sam
-import train
 
 FORMS = ("label", "reason")
 # Of a CPU with 16 GB, or of nine runs on a GPU with 80.
@@ -51,8 +50,7 @@ RULES = {
     "reason": {
         "plain GRPO": ["--rule", "none"],
         "symmetric, labels": ["--rule", "symmetric", "--step_targets", "labels"],
-        "symmetric, final": ["--rule", "symmetric", "--step_targets", "final"],
-        "tree": ["--rule", "tree"],
+        "sam": ["--rule", "sam"],
     },
 }
 TEACHER = ("label", "SFT")  # better than RL from there on the held-out queries
@@ -114,21 +112,15 @@ def hold_out(source, folder):
 
 
 def zero_shot(out, task, smollm2, threads):
-    """Metrics of the model as it was published, which `grm.py score` prints, into a file."""
-    path = out / f"zero-shot-{task.name}.json"
-    if not path.exists():
-        graded = out / f"zero-shot-{task.name}.jsonl"
+    """Grade the test pairs with the model as it was published, by `grm.py score`."""
+    graded = out / f"zero-shot-{task.name}.jsonl"
+    if not graded.exists():
         length = json.loads((task / "train.json").read_text())["max_new_tokens"]
         command = [sys.executable, ROOT / "grm.py", "score", "--model", smollm2, "--task", task]
         command += ["--pairs", task / "test.jsonl", "--out", graded, "--max_new_tokens", length]
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-        done = subprocess.run(
-            list(map(str, command)), env=environment, stdout=subprocess.PIPE, text=True
-        )
-        if done.returncode:
+        if subprocess.run(list(map(str, command)), env=environment).returncode:
             sys.exit(f"{graded}: failed")
-        printed = done.stdout.splitlines()
-        path.write_text("\n".join(printed[printed.index("{") :]))
 
 
 def folder_of(out, form, seed, name):
@@ -241,8 +233,9 @@ def table(out, tasks, models):
     for form in FORMS:
         results = {name: read_all(out, form, name, "rl") for name in RULES[form]}
         results = {"SFT": read_all(out, form, "SFT", "sft")} | results
-        if (zero := out / f"zero-shot-{tasks[form].name}.json").exists():
-            results = {"zero-shot": [json.loads(zero.read_text())]} | results
+        if (graded := out / f"zero-shot-{tasks[form].name}.jsonl").exists():
+            predictions = list(map(json.loads, graded.read_text(encoding="utf-8").splitlines()))
+            results = {"zero-shot": [grm.metrics(task, pairs, predictions)]} | results
         ms = None
         tuned = folder_of(out, form, 0, "SFT") / "sft"
         if tuned.exists():
@@ -278,6 +271,7 @@ def explain(model, folder, group_size=8):
     """
     renderer, engine = grm.load_judge(model, None)
     task = renderer.task
+    none = [0] * len(task.boxes)  # what a malformed answer has
     train_pairs = task.read(folder / "train.jsonl")
     pairs = task.read(folder / "test.jsonl")
     random.Random(0).shuffle(pairs)
@@ -286,7 +280,6 @@ def explain(model, folder, group_size=8):
     for pair, labels in zip(pairs, chorus.label_steps(pairs, train_pairs), strict=True):
         if not wanted:
             break
-        pair["targets"] = labels
         prompts = renderer.prompts([pair])
         sampled = rollout.sample(
             engine.model,
@@ -296,19 +289,23 @@ def explain(model, folder, group_size=8):
             eos_id=renderer.eos_id,
         )
         answers = sampled.answers[0]
-        device = sampled.lengths_N.device
-        traces = [[renderer.parse(answer) for answer in answers]]
-        rewards_PG = train.reward_groups([pair], traces, device)
+        traces = [renderer.parse(answer) for answer in answers]
+        rewards_PG = torch.tensor([[grm.reward(trace, pair["label"]) for trace in traces]])
         advantages_PG = sam.group_advantages(rewards_PG)
         if rewards_PG[0, 0] != wanted[0] or not advantages_PG.any():
             continue
         wanted.pop(0)
-        ends_NK, _, right_NK = train.judge_steps([pair], traces, task, "labels", device)
+        ends = [[step.end for step in trace.steps] or none for trace in traces]
+        right = [grm.step_verdicts(trace, labels) or none for trace in traces]
         credit_A = sam.stepwise_credit(
-            advantages_PG.flatten(), ends_NK, right_NK, sampled.lengths_N, "symmetric"
+            advantages_PG.flatten(),
+            torch.tensor(ends),
+            torch.tensor(right).bool(),
+            sampled.lengths_N.cpu(),
+            "symmetric",
         )
         texts.append(f"{pair['query']} | {pair['document']} | human label {pair['label']}")
-        for step, label in zip(traces[0][0].steps, labels, strict=True):
+        for step, label in zip(traces[0].steps, labels, strict=True):
             text = renderer.decode(answers[0][step.start : step.end]).strip()
             credit = float(credit_A[step.end - 1]) + 0.0  # no "-0.00"
             texts.append(f"{credit:+8.2f}  {text}  (step label {label})")

@@ -1107,7 +1107,7 @@ def test_score_refuses_another_s_results(score, tmp_path, monkeypatch, damage):
     write_pairs(path, change([json.loads(line) for line in path.read_text().splitlines()]))
     before = spoil(partial.read_bytes())
     partial.write_bytes(before)
-    assert f"{partial}: of other pairs, or damaged; delete it" in str(score(out))
+    assert f"{partial}: of other settings or pairs; delete it" in str(score(out))
     assert partial.read_bytes() == before and not out.exists()
 
 
@@ -1117,7 +1117,7 @@ def test_score_refuses_to_mix_or_overwrite(score, tmp_path, monkeypatch):
     partial, _ = stopped(score, monkeypatch, out, 1)
     before = partial.read_bytes()
     for flags in (["--explain"], ["--batch_size", 3], ["--max_new_tokens", 4]):
-        assert "other settings; delete it" in score(out, *flags)
+        assert "other settings or pairs; delete it" in score(out, *flags)
         assert partial.read_bytes() == before and not out.exists()
     out.write_text("mine")
     assert "exists; delete it or choose another name" in score(out)
@@ -1232,7 +1232,7 @@ def test_judge_refuses_what_it_cannot_use(trained, tmp_path, monkeypatch):
         (trained, " ", "'query' is missing, empty"),
         (NOTES, "q", f"{NOTES}: cannot be loaded"),
         (NOTES / "model", "q", f"{NOTES / 'model'}: cannot be loaded: Error no file named model.safetensors"),
-        (tmp_path / "model", "q", "sliding-window"),
+        (tmp_path / "model", "q", "sliding_attention"),
     ):
         assert message in run(monkeypatch, "judge", "--model", model, "--task", NOTES, "--max_new_tokens", 2, query, "kids")
 

@@ -157,7 +157,7 @@ def test_gradient_checkpointing_changes_nothing():
     for checkpointing in (False, True):
         model = make_model("qwen3").train()
         if checkpointing:
-            model.gradient_checkpointing_enable()
+            model.activation_checkpointing_enable()
         through_tree(model, prompts, answers).sum().backward()
         grads.append([p.grad for p in model.parameters()])
     for a, b in zip(*grads, strict=True):
