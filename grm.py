@@ -227,9 +227,8 @@ def parse_settings(config_class, file_name, argv=None):
 
 @dataclass
 class Step:
-    """One step of an answer: its tokens are ids[start:end], box included.
-
-    label_at: index of the label's first token; None if the answer spells it with unusual tokens.
+    """One step of an answer: its tokens are ids[start:end], box included. label_at: where its label
+    begins; None if the answer spells it with unusual tokens.
     """
 
     start: int
@@ -339,10 +338,8 @@ class Renderer:
         return plain
 
     def _read_labels(self):
-        """Find the ids of "\\boxed{" and of every label behind it, tokenised by itself.
-
-        Merged with its brace ("{-" is one token of many vocabularies), -1 would begin at another
-        position than the other labels.
+        """Find the ids of "\\boxed{" and of every label behind it, tokenised by itself: merged with
+        its brace ("{-" is a token of many vocabularies), -1 would begin elsewhere than others.
         """
         self.opening = self._encode("\\boxed{")
         self._labels = {label: self._behind_brace(label) for label in self.task.labels}
@@ -413,10 +410,7 @@ class Renderer:
         return prompts
 
     def parse(self, ids):
-        """Parse an answer's ids into a Trace; any integers give one, never an exception.
-
-        Well-formed: exactly the expected boxes with known labels, and then eos_id, nothing else.
-        """
+        """Parse any ids into a Trace. Well-formed: the expected boxes with known labels, eos_id."""
         if not ids or ids[-1] != self.eos_id:
             return Trace(problem="not ended")
         body = ids[:-1]
@@ -461,10 +455,7 @@ class Renderer:
 
 
 def reward(trace, gold):
-    """1.0 for a well-formed answer with the gold label, else 0.0: 1(f(o) = l), arXiv 2512.00968.
-
-    Answer-first, the first box alone is the label; an explanation may contradict it.
-    """
+    """1.0 for a well-formed answer with the gold label, else 0.0: 1(f(o) = l), arXiv 2512.00968."""
     return float(trace.problem is None and trace.label == gold)
 
 
@@ -474,9 +465,8 @@ def step_verdicts(trace, targets):
 
 
 def step_changes(trace, targets, task):
-    """Whether each step moves the grade as its target does (our rule); [] for a malformed answer.
-
-    A grade so far carries a slip into all that follows, though the decisions there may be right.
+    """Whether each step moves the grade as its target does (our rule): a grade so far carries a
+    slip into all that follows, though the decisions there may be right. [] if malformed.
     """
     moves = task.moves([step.label for step in trace.steps])
     return [move == target for move, target in zip(moves, task.moves(targets), strict=False)]
@@ -532,9 +522,8 @@ def metrics(task, records, predictions):
 
 
 def quadratic_kappa(table):
-    """Cohen's kappa with quadratic weights of a confusion table [Y, Y + 1]; 0.0 if undefined.
-
-    The last column, malformed, counts as the label farthest from the gold one.
+    """Cohen's kappa with quadratic weights of a confusion table [Y, Y + 1], whose last column,
+    malformed, counts as the label farthest from the gold one; 0.0 if undefined.
     """
     classes = np.arange(len(table))
     counts = table[:, :-1].astype(float)
@@ -555,9 +544,8 @@ def calibration_error(pairs, bins=15):
 
 
 def ndcg(gains, scores, k=10):
-    """nDCG@k of one query: linear gains, 1 / log2(rank + 1) discounts, ties averaged.
-
-    nan where no document has a gain, which says nothing about the order.
+    """nDCG@k of one query: linear gains, 1 / log2(rank + 1) discounts, ties averaged; nan where no
+    document has a gain.
     """
     gains, scores = np.asarray(gains, float), np.asarray(scores, float)
     discounts = np.where(np.arange(len(gains)) < k, 1 / np.log2(np.arange(len(gains)) + 2), 0.0)
@@ -701,10 +689,8 @@ def judge(renderer, engine, records, explain=True):
 
 
 def load_judge(folder, task=None, max_new_tokens=None):
-    """(renderer, engine) of a model's folder, for `judge`; task: a folder, or None for the model's.
-
-    max_new_tokens: None for as many as the model was trained to give, which its folder says.
-    Raises TaskError if they do not fit each other.
+    """(renderer, engine) of a model's folder, for `judge`; task: a folder, or None for the model's;
+    max_new_tokens: None for as many as the folder says that it was trained to give.
     """
     import rollout
 
@@ -724,10 +710,8 @@ def load_judge(folder, task=None, max_new_tokens=None):
 
 
 def score_file(args):
-    """`grm.py score`: grade a JSON Lines file.
-
-    Results go to OUT.partial, settings to OUT.partial.json; a stopped run goes on from there, and
-    OUT appears when all is done.
+    """`grm.py score`: grade a JSON Lines file. Results go to OUT.partial, settings to
+    OUT.partial.json; a stopped run goes on from there, and OUT appears when all is done.
     """
     out = Path(args.out)
     partial = Path(f"{out}.partial")

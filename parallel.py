@@ -1,8 +1,8 @@
 """Many processes that compute what one would; runs that outlive them.    (how does one run go on?)
 
 `torchrun` starts one process (rank) for each GPU. Each takes its share of a batch; what is global
-(losses, norms, metrics, the decision to stop) is summed or gathered, so results do not depend on
-the number of ranks beyond rounding. A training loop reads:
+(losses, norms, metrics, the decision to stop) is summed or gathered: results do not depend on the
+number of ranks beyond rounding. A training loop reads:
 
     ranks = Ranks()                                       # one process without torchrun
     policy = shard(policy, ranks, bf16=True)              # FSDP2: float32 weights, bf16 compute
@@ -56,7 +56,7 @@ class RunError(Exception):
 
 
 class Stopped(Exception):  # noqa: N818 (it is no error)
-    """The run was asked to stop, and has saved; or it is finished already."""
+    """The run was asked to stop, and has saved; or it is finished."""
 
 
 def is_rank_0():
@@ -101,9 +101,8 @@ def launch(main, errors=()):
 class Ranks:
     """This process among those that torchrun started: rank, world (their number), device.
 
-    timeout_s: a collective that waits longer for another rank raises, which ends the job.
-    sampling_shards: 1, each rank samples for itself; or all of them, which then sample together,
-        each with a part of the weights.
+    timeout_s: a collective that waits longer raises, which ends the job. sampling_shards: 1, each
+    rank samples for itself; or all, which then sample together, each with a part of the weights.
     """
 
     def __init__(self, timeout_s=1800, sampling_shards=1):
@@ -135,9 +134,8 @@ class Ranks:
         return self.share(count) if self.sampling_shards == 1 else slice(0, count)
 
     def equalize(self, micro_batches, empty):
-        """This rank's micro-batches, and `empty` ones until it has as many as the rank with most.
-
-        FSDP gathers weights in each pass, so all ranks run equally many; an empty one's loss is 0.
+        """This rank's micro-batches, and `empty` ones, whose loss is 0, until it has as many as the
+        rank with most: FSDP gathers weights in each pass, so all must run equally many.
         """
         missing = max(self.gather(len(micro_batches))) - len(micro_batches)
         return [*micro_batches, *[empty] * missing]
@@ -184,8 +182,8 @@ def shard(module, ranks, bf16=False):
     buffers = dict(module.named_buffers())
     module.to("meta")
     module.model.tie_weights()  # moving forgets which are the same
-    compute_dtype = torch.bfloat16 if bf16 else None
-    precision = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
+    dtype = torch.bfloat16 if bf16 else None
+    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for block in (*transformer_layers(module.model), module):
         fully_shard(block, mesh=ranks.mesh, mp_policy=precision)
         block.set_gradient_divide_factor(1.0)  # losses are divided by global counts
@@ -215,10 +213,8 @@ CUT |= {"self_attn.o_proj": RowwiseParallel(), "mlp.down_proj": RowwiseParallel(
 
 @torch.no_grad()
 def sampling_copy(model, ranks, bf16=False):
-    """A model as a rank needs it to sample: whole, or with sampling_shards a part of its layers.
-
-    One rank in float32 has the model itself. Every rank must call it. Raises RunError for models
-    that cannot be cut.
+    """A model as a rank needs it to sample: whole, or with sampling_shards a part of its layers;
+    one rank in float32 has the model itself. For all ranks to call. RunError: it cannot be cut.
     """
     if ranks.world == 1 and not bf16:
         return model
@@ -333,11 +329,6 @@ class Run:
         self.saved_at = time.monotonic()
         if any(ranks.gather(ranks.rank == 0 and self._take_folder(settings, free))):
             raise Stopped(f"--out {out}: holds this run, finished; to repeat it, choose another")
-        if ranks.rank == 0:
-            with contextlib.suppress(ImportError):
-                from torch.utils.tensorboard import SummaryWriter
-
-                self.board = SummaryWriter(self.out / "tensorboard")
 
     def _take_folder(self, settings, free):
         """Lock OUT and write config.json; returns whether the run is finished."""
@@ -355,7 +346,11 @@ class Run:
             if former.get(name) != settings[name]:
                 raise RunError(f"--out {self.out}: holds a run with --{name} {former.get(name)}")
         write_json(path, settings)
-        return (self.out / "summary.json").exists() and not (self.out / "checkpoints").exists()
+        with contextlib.suppress(ImportError):
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(self.out / "tensorboard")
+        return (self.out / "summary.json").exists()  # which is written last
 
     def resume(self, module, optimizer):
         """Take up the newest checkpoint, if there is one; from here on signals stop the run."""
@@ -441,9 +436,8 @@ class Run:
                     raise Stopped(f"saved {stage} step {self.step}; the same command goes on")
 
     def optimizer_step(self, loss, lr, max_norm=1.0):
-        """Clip the gradients, take an optimizer step, clear them; returns the norm before clipping.
-
-        loss: of all ranks. If it or the norm is not finite, all skip the step.
+        """Clip the gradients and take an optimizer step; if the norm or the loss (of all ranks) is
+        not finite, all ranks skip it. Returns the norm before clipping.
         """
         norm = torch.nn.utils.clip_grad_norm_(self.module.parameters(), max_norm)
         norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
@@ -464,18 +458,16 @@ class Run:
     def log(self, name, record):
         """Append a record to OUT/NAME.jsonl; its numbers go to TensorBoard, where installed."""
         if self.ranks.rank == 0:
-            numbers = {key: x for key, x in record.items() if isinstance(x, float)}
-            missing = {key: None for key, x in numbers.items() if not math.isfinite(x)}
-            with open(self.out / f"{name}.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps(record | missing, ensure_ascii=False) + "\n")
-            for key, x in numbers.items():
-                if self.board:
+            for key, x in record.items():
+                if isinstance(x, float) and not math.isfinite(x):
+                    record[key] = None  # JSON has no NaN
+                elif isinstance(x, float) and self.board:
                     self.board.add_scalar(f"{self.stage}/{key}", x, record["step"])
+            with open(self.out / f"{name}.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
     def finish(self):
         """Write OUT/summary.json, and remove what only a run that goes on needs. On rank 0."""
         write_json(self.out / "summary.json", self.summary)
-        removed = self.out / "checkpoints.unfinished"
-        os.replace(self.out / "checkpoints", removed)  # so that none is ever there in part
-        shutil.rmtree(removed)
+        shutil.rmtree(self.out / "checkpoints")
         (self.out / "lock").unlink()

@@ -99,9 +99,8 @@ class Sequences:
 
 
 class Slots(Sequences):
-    """n sequences each in its slot of a cache [n, W, ...], of which `lengths` tokens are there.
-
-    used: int32 [n], the same on the device.
+    """n sequences each in its slot of a cache [n, W, ...], of which `lengths` tokens are there
+    (used: int32 [n], the same on the device).
     """
 
     def __init__(self, lengths, width, device):
@@ -269,9 +268,8 @@ class BudgetError(ValueError):
 
 
 def use_tree_attention(model):
-    """Switch a decoder-only Hugging Face model to tree attention; returns the model.
-
-    Raises UnsupportedModelError, before any work, for architectures that the tree does not compute.
+    """Switch a decoder-only Hugging Face model to tree attention; returns the model. Raises
+    UnsupportedModelError, before any work, for architectures that the tree does not compute.
     """
     config = model.config
     others = set(getattr(config, "layer_types", None) or []) - {"full_attention"}
@@ -397,10 +395,8 @@ def answer_hidden(model, tree):
 
 
 class _TokenLogprobs(torch.autograd.Function):
-    """Log-probabilities and entropies in chunks; backward computes each chunk's logits again.
-
-    One buffer takes the gradient of the head from all chunks; left to autograd, each chunk would
-    allocate its own.
+    """Log-probabilities and entropies in chunks; backward computes each chunk's logits again, and
+    one buffer takes the head's gradient from all: autograd would allocate one for each.
     """
 
     @staticmethod
@@ -459,10 +455,8 @@ def token_logprobs(hidden_AD, head, targets_A, temperature=1.0):
 
 
 class Policy(torch.nn.Module):
-    """A causal language model as the trainer calls it, and the root that FSDP shards.
-
-    model: under tree attention. FSDP gathers the weights of head and embedding before `forward` and
-    keeps them until the backward pass, which computes the logits again.
+    """A causal language model, under tree attention, as the trainer calls it, and the root that
+    FSDP shards: it gathers head and embedding before `forward` and keeps them until backward.
     """
 
     def __init__(self, model):
@@ -477,9 +471,8 @@ class Policy(torch.nn.Module):
 
 
 def next_token_logits(model, prompts, ids):
-    """float32 logits [N, Y] of the ids as the next token of each prompt. Differentiable.
-
-    From the head's rows for these ids: [N, vocabulary] is never made.
+    """float32 logits [N, Y] of the ids as the next token of each prompt, differentiable, from the
+    head's rows for these ids.
     """
     tree = Tree(prompts, [[]] * len(prompts), model.device)
     hidden_ND = forward(model, tree)[tree.last_P][: len(prompts)]

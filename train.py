@@ -5,8 +5,7 @@
     torchrun --nproc-per-node 8 train.py           # eight GPUs; the same command goes on
     python train.py --help                         # every setting, with its default
 
-1. Fine-tune on demonstrations (TASK/sft.jsonl), so that the model reasons in the criteria's format.
-   Skipped if there are none.
+1. Fine-tune on demonstrations (TASK/sft.jsonl, optional): the form of the reasoning.
 2. Reinforce on labels (TASK/train.jsonl): sample groups of answers, reward exact matches, give each
    step the credit that it earned (sam.py), update.
 3. Evaluate on every TASK/test*.jsonl after each stage, by metrics that are not the reward.
@@ -104,8 +103,6 @@ class Config:
         self.out = self.out or str(Path("runs") / Path(self.task).resolve().name)
         if self.group_size < 2 or min(self.temperature, self.lr, self.sft_lr) <= 0:
             raise grm.TaskError("--group_size: at least 2; --temperature, --lr, --sft_lr: above 0")
-        if min(self.max_new_tokens, self.updates_per_batch, self.keep) < 1:
-            raise grm.TaskError("--max_new_tokens, --updates_per_batch, --keep: at least 1")
         if min(self.prompts_per_step, self.sft_batch) < int(os.environ.get("WORLD_SIZE", 1)):
             raise grm.TaskError("--prompts_per_step, --sft_batch: at least one a rank")
 
@@ -119,10 +116,8 @@ FREE += ("max_bad_steps", "timeout", "sampling_shards")
 
 
 def load_data(config, task, renderer):
-    """Read, check and tokenise the task's files: {"sft": records, "train": ..., "test_x": ...}.
-
-    Adds to each record prompt_ids, to demonstrations answer_ids. Settles --rule auto. Raises
-    grm.TaskError that names file and line.
+    """The task's files, checked: {"sft": records, "train": ..., "test_x": ...}, each record with
+    prompt_ids, demonstrations with answer_ids. Settles --rule auto. Raises grm.TaskError.
     """
     folder = Path(config.task)
     data = {path.stem: task.read(path) for path in sorted(folder.glob("test*.jsonl"))}
@@ -170,10 +165,7 @@ def chosen_rule(rule, pairs, task):
 
 
 def export(policy, renderer, folder, max_new_tokens, dtype, ranks):
-    """Write a Hugging Face folder for from_pretrained and serving engines, with criteria.md.
-
-    dtype: of the weights. Every rank must call it.
-    """
+    """Write a Hugging Face folder, weights in a dtype, with criteria.md. For all ranks to call."""
     model = parallel.gather_model(policy.model, ranks, dtype)
     if ranks.rank == 0:
         model.generation_config = GenerationConfig(
@@ -208,9 +200,8 @@ def sft(policy, engine, data, config, ranks, run):
 
 
 def sft_backward(policy, batch, config, ranks, coef=1.0):
-    """Gradients of coef * the mean negative log-likelihood of the demonstrations' tokens, with EOS.
-
-    batch: of all ranks, each of which takes its share. Returns the mean, of all ranks.
+    """Gradients of coef * the mean negative log-likelihood of a batch's answer tokens, with EOS;
+    each rank takes its share of the batch. Returns the mean, of all ranks.
     """
     num_tokens = sum(len(record["answer_ids"]) for record in batch)
     mine = batch[ranks.share(len(batch))]
@@ -334,9 +325,8 @@ def rl(policy, engine, reference, renderer, data, config, ranks, run):
 
 
 def judge_steps(batch, traces, task, config, device):
-    """Where each answer's steps end, int64 [N, K], and which are right by the rule, bool [N, K].
-
-    A malformed answer, which has no steps, gets zeros.
+    """Where each answer's steps end, int64 [N, K], and which are right by the rule, bool [N, K];
+    zeros for a malformed answer.
     """
     K = len(task.boxes)
     ends = []
@@ -362,9 +352,8 @@ def token_means(totals, ranks):
 
 
 def step_figures(batch, traces, rewards_PG, credit_A, lengths_N, step_ends_NK, ranks):
-    """What to log of the steps of well-formed answers to pairs with step_labels, of all ranks.
-
-    Whatever the rule, a right step is one at its step_label.
+    """What to log of the steps of well-formed answers, of all ranks; whatever the rule, a right
+    step is one at its step_label.
     """
     right = []
     for record, group in zip(batch, traces, strict=True):
