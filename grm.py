@@ -760,12 +760,12 @@ def grade_file(renderer, engine, records, file, lines, args):
     """Write a line for each record to a file, which holds the first `lines` already."""
     import parallel
 
-    done = len(lines)
-    if done < len(records):
-        done -= done % args.batch_size  # in another batch a pair's last digits may differ
-    file.truncate(sum(map(len, lines[:done])))
-    with parallel.progress_bar(len(records), "score", done) as bar:
-        for start in range(done, len(records), args.batch_size):
+    kept = len(lines)
+    if kept < len(records):
+        kept -= kept % args.batch_size  # in another batch a pair's last digits may differ
+    file.truncate(sum(map(len, lines[:kept])))
+    with parallel.progress_bar(len(records), "score", kept) as bar:
+        for start in range(kept, len(records), args.batch_size):
             batch = records[start : start + args.batch_size]
             results = judge(renderer, engine, batch, args.explain)
             for record, result in zip(batch, results, strict=True):

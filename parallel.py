@@ -70,11 +70,11 @@ def print0(text):
         tqdm.write(str(text))
 
 
-def progress_bar(total, title, done=0):
+def progress_bar(total, title, initial=0):
     """tqdm on rank 0; where the output is no terminal, a plain line every half minute."""
     plain = "{desc}: {n_fmt} of {total_fmt}, {rate_fmt}, {remaining} left{postfix}\n"
     settings = {} if sys.stderr.isatty() else {"bar_format": plain, "mininterval": 30}
-    return tqdm(total=total, desc=title, initial=done, disable=not is_rank_0(), **settings)
+    return tqdm(total=total, desc=title, initial=initial, disable=not is_rank_0(), **settings)
 
 
 def launch(main, errors=()):
@@ -206,15 +206,15 @@ def transformer_layers(model):
 
 
 # Tensor parallelism (arXiv 1909.08053): a rank has some of the heads, and of the MLP's neurons.
-CUT = {f"self_attn.{name}_proj": ColwiseParallel() for name in "qkv"}
-CUT |= {f"mlp.{name}_proj": ColwiseParallel() for name in ("gate", "up")}
-CUT |= {"self_attn.o_proj": RowwiseParallel(), "mlp.down_proj": RowwiseParallel()}
+TENSOR_PLAN = {f"self_attn.{name}_proj": ColwiseParallel() for name in "qkv"}
+TENSOR_PLAN |= {f"mlp.{name}_proj": ColwiseParallel() for name in ("gate", "up")}
+TENSOR_PLAN |= {"self_attn.o_proj": RowwiseParallel(), "mlp.down_proj": RowwiseParallel()}
 
 
 @torch.no_grad()
 def sampling_copy(model, ranks, bf16=False):
     """A model as a rank needs it to sample: whole, or with sampling_shards a part of its layers;
-    one rank in float32 has the model itself. For all ranks to call. RunError: it cannot be cut.
+    one rank in float32 has the model itself. For all ranks to call. RunError: it has no such parts.
     """
     if ranks.world == 1 and not bf16:
         return model
@@ -225,11 +225,11 @@ def sampling_copy(model, ranks, bf16=False):
         heads = getattr(model.config, "num_key_value_heads", 1)
         if kind not in ("qwen3", "qwen2", "llama") or heads % ranks.world:
             raise RunError(
-                f"--sampling_shards {ranks.world}: cuts qwen3, qwen2 and llama by their key-value "
+                f"--sampling_shards {ranks.world}: parts qwen3, qwen2 and llama by key-value "
                 f"heads; this is {kind} with {heads}"
             )
         for layer in transformer_layers(copy):
-            parallelize_module(layer, ranks.mesh, CUT)
+            parallelize_module(layer, ranks.mesh, TENSOR_PLAN)
     if bf16:  # of parameters alone: rotary frequencies, buffers, would give other positions
         for p in copy.parameters():
             p.data = p.data.to(torch.bfloat16)

@@ -612,13 +612,13 @@ class Decode:
 
     def keep(self, rows_A):
         """Go on with some of the answers, and their prompts."""
-        prompts, self.prompt_A = self.prompt_A[rows_A].unique(return_inverse=True)
+        prompt_numbers, self.prompt_A = self.prompt_A[rows_A].unique(return_inverse=True)
         self.input_ids = self.input_ids[:, rows_A]
         self.position_ids = self.position_ids[:, rows_A]
         for levels in self.cache.values():
-            levels[1] = [_by_head(x[prompts]) for x in levels[1]]
+            levels[1] = [_by_head(x[prompt_numbers]) for x in levels[1]]
             levels[2] = [_by_head(x[rows_A]) for x in levels[2]]
-        lengths = [self.prompt_keys.lengths[i] for i in prompts.tolist()]
+        lengths = [self.prompt_keys.lengths[i] for i in prompt_numbers.tolist()]
         self._arrange(lengths, self.answer_keys.longest)
 
     def step(self, model, ids_A):
