@@ -82,10 +82,10 @@ class Task:
             if before.strip():
                 raise ValueError("something stands before it")
         except (TypeError, ValueError, RecursionError, yaml.YAMLError) as error:
-            raise TaskError(
-                f"{path}: must be UTF-8 and begin with a front matter, YAML of labels, relevant, "
-                f"steps and format between two lines of ---: {error}"
-            ) from None
+            what = (
+                "must begin with labels, relevant, steps and format, YAML between two lines of ---"
+            )
+            raise TaskError(f"{path}: {what}: {error}") from None
         if problem := task._problem():
             raise TaskError(f"{path}: {problem}")
         return task
@@ -205,9 +205,8 @@ def setting(default, text):
 
 
 def parse_settings(config_class, file_name, argv=None):
-    """Settings from the command line, then TASK/`file_name` (JSON), then the dataclass's defaults.
-
-    Unknown names and wrong types end the program with a usage message, which names the file.
+    """Settings from the command line, then TASK/`file_name` (JSON), then the dataclass's defaults;
+    unknown names and wrong types end the program with a usage message, which names the file.
     """
     parser = HfArgumentParser(config_class, allow_abbrev=False)
     given, _ = parser.parse_known_args(argv)
@@ -392,8 +391,8 @@ class Renderer:
             room = self.max_prompt_tokens - len(before) - len(self._tail)
             if room < 1:
                 raise TaskError(
-                    f"criteria, query and answer leave no room for a document in the model's "
-                    f"context ({1 - room} tokens too many); lower --max_new_tokens"
+                    f"criteria, query and answer leave the document no room in the model's context "
+                    f"({1 - room} tokens too many); lower --max_new_tokens"
                 )
             self.truncated += len(document_ids) > room
             document_ids = document_ids[:room]
@@ -580,11 +579,9 @@ def print_table(results, extra=()):
 
 
 def has_weights(source):
-    """Whether a model's folder has weights, pickled ones too, which will be refused; a hub name is
-    taken to have them.
-    """
-    files = [*Path(source).glob("*.safetensors"), *Path(source).glob("*.bin")]
-    return not Path(source).is_dir() or bool(files)
+    """Whether a folder has weights (pickled ones will be refused); a hub name is taken to have."""
+    suffixes = {path.suffix for path in Path(source).glob("*")}
+    return not Path(source).is_dir() or not suffixes.isdisjoint({".safetensors", ".bin"})
 
 
 def load_model(source, dtype=torch.float32, seed=None, meta=False, labels=None):

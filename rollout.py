@@ -85,16 +85,17 @@ class Sequences:
         return mask[:, None, None]
 
     def pad(self, x):
-        """[n, longest, ...] of packed rows [S, ...], zeros behind each."""
+        """[n, H, longest, ...] of packed rows [S, H, ...], zeros behind each."""
         shape = (len(self.lengths), self.longest, *x.shape[1:])
         if self.is_even:
-            return x.reshape(shape)
+            return x.reshape(shape).transpose(1, 2)
         padded = x.new_zeros(shape)
         padded[self.is_token] = x
-        return padded
+        return padded.transpose(1, 2)
 
     def unpad(self, x):
-        """Packed rows [S, ...] of [n, longest, ...]."""
+        """Packed rows [S, H, ...] of [n, H, longest, ...]."""
+        x = x.transpose(1, 2)
         return x.flatten(0, 1) if self.is_even else x[self.is_token]
 
 
@@ -115,8 +116,8 @@ class Slots(Sequences):
         self.longest += 1
 
     def pad(self, x):
-        """[n, longest, ...] of slots [n, W, ...]."""
-        return x[:, : self.longest]
+        """[n, K, longest, D] of slots [n, W, K, D]."""
+        return x[:, : self.longest].transpose(1, 2)
 
 
 @dataclass
@@ -199,10 +200,10 @@ def flash(q_SHD, k, v, segment, scale):
         options = {"scale": scale, "seqused_k": keys.used}
         out, lse, *_ = _cuda_flash(q_SHD, k, v, *sizes, 0.0, segment.causal, False, **options)
         return out, lse.T
-    q, k, v = (x.transpose(1, 2) for x in (queries.pad(q_SHD), keys.pad(k), keys.pad(v)))
     mask = None if segment.causal else keys.mask
-    out, lse = _cpu_flash(q, k, v, 0.0, segment.causal, attn_mask=mask, scale=scale)
-    return queries.unpad(out.transpose(1, 2)), queries.unpad(lse.transpose(1, 2))
+    tensors = (queries.pad(q_SHD), keys.pad(k), keys.pad(v))
+    out, lse = _cpu_flash(*tensors, 0.0, segment.causal, attn_mask=mask, scale=scale)
+    return queries.unpad(out), queries.unpad(lse)
 
 
 def flash_backward(grad_SHD, q_SHD, out_SHD, lse_SH, k_CKD, v_CKD, segment, scale):
@@ -217,13 +218,11 @@ def flash_backward(grad_SHD, q_SHD, out_SHD, lse_SH, k_CKD, v_CKD, segment, scal
         # The state of dropout's random generator, which nothing uses.
         state = (torch.zeros(2, dtype=torch.uint64, device=q_SHD.device), q_SHD.new_empty(0))
         return _cuda_flash_backward(*tensors, *sizes, 0.0, segment.causal, *state, scale=scale)
-    grad, q, out, lse = (queries.pad(x).transpose(1, 2) for x in (grad_SHD, q_SHD, out_SHD, lse_SH))
-    k, v = (keys.pad(x).transpose(1, 2) for x in (k_CKD, v_CKD))
+    grad, q, out, lse = (queries.pad(x) for x in (grad_SHD, q_SHD, out_SHD, lse_SH))
+    tensors = (grad, q, keys.pad(k_CKD), keys.pad(v_CKD), out, lse)
     mask = None if segment.causal else keys.mask
-    tensors = (grad, q, k, v, out, lse)
     dq, dk, dv = _cpu_flash_backward(*tensors, 0.0, segment.causal, attn_mask=mask, scale=scale)
-    dk, dv = (keys.unpad(x.transpose(1, 2)) for x in (dk, dv))
-    return queries.unpad(dq.transpose(1, 2)), dk, dv
+    return queries.unpad(dq), keys.unpad(dk), keys.unpad(dv)
 
 
 def tree_attention(
@@ -588,7 +587,7 @@ class Decode:
             levels = ([], [], [])
             for x in keys_and_values:
                 levels[0].append(_by_head(x[None, : tree.prefix]))
-                levels[1].append(_by_head(packed.pad(x[tree.prefix :])))
+                levels[1].append(_by_head(packed.pad(x[tree.prefix :]).transpose(1, 2)))
                 empty = x.new_zeros(len(self.prompt_A), max_new_tokens, *x.shape[1:])
                 levels[2].append(_by_head(empty))
             self.cache[layer] = [*levels]
