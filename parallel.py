@@ -272,10 +272,10 @@ def gather_model(model, ranks, dtype):
 # Training: batches, learning rate, the step loop --------------------------------------------------
 
 
-def write_json(path, value):
+def write_json(path, value, indent=1):
     """Write a file of JSON that is whole or not there."""
     unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    unfinished.write_text(json.dumps(value, indent=indent) + "\n", encoding="utf-8")
     os.replace(unfinished, path)
 
 
