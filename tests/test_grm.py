@@ -120,10 +120,10 @@ def test_criteria_are_read_as_they_are_written(tmp_path):
 
 
 BAD_TASKS = [
-    ({"labels": "[a, b"}, "must be UTF-8 and begin with a front matter"),
-    ({"labels": "[" * 3000 + "]" * 3000}, "must be UTF-8 and begin with a front matter"),
-    (lambda text: b"Title\n" + text, "must be UTF-8 and begin with a front matter"),
-    (lambda text: text + b"\xff", "must be UTF-8 and begin with a front matter"),
+    ({"labels": "[a, b"}, "must begin with labels, relevant, steps and format"),
+    ({"labels": "[" * 3000 + "]" * 3000}, "must begin with labels, relevant, steps and format"),
+    (lambda text: b"Title\n" + text, "must begin with labels, relevant, steps and format"),
+    (lambda text: text + b"\xff", "must begin with labels, relevant, steps and format"),
     ({"colour": "red"}, "colour"),
     ({"labels": "[1]", "relevant": "[1]"}, "labels needs two or more"),
     ({"steps": ""}, "steps must be a list"),
@@ -376,7 +376,7 @@ def test_only_the_document_is_cut(name):
     least = len(short) - len(free._encode(" the winter")) + 1
     Renderer(task, tokenizer, least + len(free.opening)).prompts([record])
     for context, missing in ((least - 1, 1), (5, least - 5)):
-        with pytest.raises(TaskError, match=rf"x\.jsonl:7: .* no room for a document .*\({missing} tokens"):
+        with pytest.raises(TaskError, match=rf"x\.jsonl:7: .* leave the document no room .*\({missing} tokens"):
             Renderer(task, tokenizer, context + 50 + len(free.opening), 50).prompts([record])
 
 
@@ -755,7 +755,7 @@ def test_score_names_bad_input_before_any_work(score, tmp_path):
     """Hours of scoring that end at a bad line; an empty result that looks complete, or a traceback out of range()."""
     path = tmp_path / "in.jsonl"
     good, too_long = path.read_text(), json.dumps({"query": "winter " * 500, "document": "d"})
-    for bad, message in (("{", "Expecting property name"), (too_long, "criteria, query and answer leave no room")):
+    for bad, message in (("{", "Expecting property name"), (too_long, "criteria, query and answer leave the document no room")):
         path.write_text(good + bad)
         assert f"in.jsonl:8: {message}" in score(batches=0)
     assert "must be at least 1" in score(batch_size=0) and "must be at least 1" in score(max_new_tokens=0)
