@@ -418,12 +418,12 @@ class Renderer:
         steps = []
         boxes = self.task.boxes
         # No box reaches over a closing brace, so what may complete one begins at the last of these.
-        window = 0
+        window = None
         for at, token in enumerate(body):
             if token not in self._closers:
                 continue
-            found = self._boxed(body[window : at + 1])
-            if window:  # its first token may hold a whole box, which was counted before
+            found = self._boxed(body[window or 0 : at + 1])
+            if window is not None:  # its first token may hold a whole box, which was counted before
                 found = found[len(self._boxed(body[window : window + 1])) :]
             window = at
             if len(found) > min(1, len(boxes) - len(steps)):

@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import copy
 import functools
 import json
 import math
@@ -20,7 +21,7 @@ import torch
 from conftest import NOTES, ROOT
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from naive import parse
+from naive import PaddedEngine, parse
 from safetensors.torch import load_file, save_file
 from sklearn.metrics import accuracy_score, cohen_kappa_score, confusion_matrix, f1_score, ndcg_score
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -566,6 +567,50 @@ def test_metrics_without_signal_are_numbers():
     assert math.isnan(grm.ndcg([0, 0], [1, 2])) and grm.ndcg([2], [0.1]) == 1.0
     assert make_task(("no", "some", "all")).grade([0.5, 0, 0.5]) == pytest.approx(1.0)
     np.testing.assert_allclose(make_task(("0", "10")).grade([[0.9, 0.1], [0, 1]]), [1.0, 10.0])
+
+
+SAID = {"winter": answer("3", "2", "-1"), "kids": answer("3", "3", "3"), "tokyo": answer("0", "0", "0") * 2, "paris": "topic"}
+ASKED = [{"query": query, "document": "the" + " winter" * i} for i, query in enumerate([*SAID, "ramen"])]
+
+
+@functools.cache
+def speakers(format):
+    """A renderer, and both engines with one model that has learnt SAID: two good answers, one cut off, one without boxes."""
+    renderer = make_renderer("words", format=format)
+    model, _ = load_model(NOTES / "model", seed=1)
+    padded = PaddedEngine(model, renderer.eos_id, renderer.label_ids, 20)
+    opening = ["", "", "", ""] if format == "reason-first" else ["\\boxed{2} ", "\\boxed{0} ", "\\boxed{1} ", ""]
+    answers = [renderer.encode_response(first + text) for first, text in zip(opening, SAID.values(), strict=True)]
+    batch = padded.pad([prompt + ids for prompt, ids in zip(renderer.prompts(ASKED[:4]), answers, strict=True)])
+    width = batch["input_ids"].shape[1]
+    labels = torch.tensor([[-100] * (width - len(ids)) + ids for ids in answers])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(14):
+        optimizer.zero_grad()
+        model(**batch, labels=labels).loss.backward()
+        optimizer.step()
+    tree = rollout.use_tree_attention(copy.deepcopy(model))
+    return renderer, rollout.Engine(tree, renderer.eos_id, renderer.label_ids, 20, max_tokens=100, cache_tokens=100), padded
+
+
+@pytest.mark.parametrize("explain", [True, False])
+@pytest.mark.parametrize("format", grm.FORMATS)
+def test_shared_prefixes_grade_as_padded_rows_do(format, explain, monkeypatch):
+    """Label logits of another answer or position, a prefix shared too far, masks made from pad ids, a second forward pass for
+    logits that were there when the label was written: rollout.Engine, batched and pair by pair, against padded rows."""
+    renderer, shared, padded = speakers(format)
+    expected = judge(renderer, padded, ASKED, explain)
+    assert max(max(r["probs"].values()) for r in expected) > 0.5, "the model must have learnt for this test to tell"
+    if explain:
+        assert [r["problem"] for r in expected][:4] == [None, None, "not ended", "missing boxes"]
+    for got in (judge(renderer, shared, ASKED, explain), [judge(renderer, shared, [r], explain)[0] for r in ASKED]):
+        for a, b in zip(got, expected, strict=True):
+            grade = sum(float(label) * p for label, p in b["probs"].items())
+            assert a == {**b, "probs": pytest.approx(b["probs"], rel=1e-3, abs=1e-6), "grade": pytest.approx(grade, abs=1e-4)}
+            assert list(a["probs"]) == GRADES and sum(a["probs"].values()) == pytest.approx(1.0, abs=1e-12)
+    if explain or format == "reason-first":
+        monkeypatch.setattr(shared, "label_logits", None)
+        assert all(result["well_formed"] for result in judge(renderer, shared, ASKED[:2], explain))
 
 
 @pytest.fixture(scope="module")
