@@ -44,7 +44,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from tqdm import tqdm
 
@@ -208,7 +208,14 @@ def transformer_layers(model):
 # Tensor parallelism (arXiv 1909.08053): a rank has some of the heads, and of the MLP's neurons.
 TENSOR_PLAN = {f"self_attn.{name}_proj": ColwiseParallel() for name in "qkv"}
 TENSOR_PLAN |= {f"mlp.{name}_proj": ColwiseParallel() for name in ("gate", "up")}
-TENSOR_PLAN |= {"self_attn.o_proj": RowwiseParallel(), "mlp.down_proj": RowwiseParallel()}
+SUMMED = ("self_attn.o_proj", "mlp.down_proj")
+TENSOR_PLAN |= {name: RowwiseParallel(output_layouts=Partial()) for name in SUMMED}
+
+
+def _sum_over_ranks(layer, inputs, output):
+    """The hook of a layer of which each rank has a part of the sum."""
+    dist.all_reduce(output)
+    return output
 
 
 @torch.no_grad()
@@ -230,6 +237,8 @@ def sampling_copy(model, ranks, bf16=False):
             )
         for layer in transformer_layers(copy):
             parallelize_module(layer, ranks.mesh, TENSOR_PLAN)
+            for name in SUMMED:
+                layer.get_submodule(name).register_forward_hook(_sum_over_ranks)
     if bf16:  # of parameters alone: rotary frequencies, buffers, would give other positions
         for p in copy.parameters():
             p.data = p.data.to(torch.bfloat16)
