@@ -418,15 +418,15 @@ class Renderer:
         steps = []
         boxes = self.task.boxes
         # No box reaches over a closing brace, so what may complete one begins at the last of these.
-        window = None
+        last_closer = None
         for at, token in enumerate(body):
             if token not in self._closers:
                 continue
-            found = self._boxed(body[window or 0 : at + 1])
-            if window is not None:  # its first token may hold a whole box, which was counted before
-                found = found[len(self._boxed(body[window : window + 1])) :]
-            window = at
-            if len(found) > min(1, len(boxes) - len(steps)):
+            found = self._boxed(body[last_closer or 0 : at + 1])
+            if last_closer is not None:  # which may hold a whole box, counted before
+                found = found[len(self._boxed([body[last_closer]])) :]
+            last_closer = at
+            if len(found) > 1 or (found and len(steps) == len(boxes)):
                 return Trace(problem="too many boxes")
             if found:
                 if found[0] not in self._known:

@@ -220,8 +220,8 @@ def _sum_over_ranks(layer, inputs, output):
 
 @torch.no_grad()
 def sampling_copy(model, ranks, bf16=False):
-    """A model as a rank needs it to sample: whole, or with sampling_shards a part of its layers;
-    one rank in float32 has the model itself. For all ranks to call. RunError: it has no such parts.
+    """A model as a rank needs it to sample: whole, or with sampling_shards a slice of every
+    layer; one rank in float32 has the model itself. For all ranks to call. RunError: no slices.
     """
     if ranks.world == 1 and not bf16:
         return model
@@ -232,7 +232,7 @@ def sampling_copy(model, ranks, bf16=False):
         heads = getattr(model.config, "num_key_value_heads", 1)
         if kind not in ("qwen3", "qwen2", "llama") or heads % ranks.world:
             raise RunError(
-                f"--sampling_shards {ranks.world}: parts qwen3, qwen2 and llama by key-value "
+                f"--sampling_shards {ranks.world}: splits qwen3, qwen2 and llama by key-value "
                 f"heads; this is {kind} with {heads}"
             )
         for layer in transformer_layers(copy):
@@ -259,6 +259,7 @@ def copy_weights(target, model):
         theirs = theirs.detach().to(ours.dtype)  # before the gathering: half the bytes
         whole = theirs.full_tensor() if isinstance(theirs, DTensor) else theirs
         if isinstance(ours, DTensor):
+            # Every rank has the whole tensor and takes its own slice: nothing is sent.
             whole = distribute_tensor(whole, ours.device_mesh, ours.placements, src_data_rank=None)
         ours.copy_(whole)
 
@@ -419,7 +420,7 @@ class Run:
     def _on_signal(self, number, frame):
         self.asked_to_stop = True
         signal.signal(number, signal.SIG_DFL)
-        print0("stopping behind this step; once more to stop at once, unsaved")
+        print0("stopping after this step; the same signal again: at once, unsaved")
 
     def steps(self, stage, count):
         """Yield the steps of a stage that are still to do. Asked to stop, it raises Stopped."""
@@ -435,13 +436,13 @@ class Run:
                 bar.set_postfix_str(self.status, refresh=False)
                 bar.update()
                 is_late = time.monotonic() - self.saved_at > SAVE_SECONDS
-                asked = self.ranks.gather((self.asked_to_stop, is_late))
-                stop, save = (any(answers) for answers in zip(*asked, strict=True))
                 if self.save_every:
-                    save = self.step % self.save_every == 0
-                if stop or save or self.step == count:
+                    is_late = self.step % self.save_every == 0
+                # One rank's signal or clock decides for all: they save and leave together.
+                stops, lates = zip(*self.ranks.gather((self.asked_to_stop, is_late)), strict=True)
+                if any(stops) or any(lates) or self.step == count:
                     self.save()
-                if stop:
+                if any(stops):
                     raise Stopped(f"saved {stage} step {self.step}; the same command goes on")
 
     def optimizer_step(self, loss, lr, max_norm=1.0):

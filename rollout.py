@@ -18,9 +18,9 @@ output and a log-sum-exp, by which they are merged. Decoder-only Hugging Face mo
 This file needs torch, numpy and transformers only; copy it alone.
 
 Shapes: P prompts, G answers a prompt, N = P * G answers, T answer positions, S packed tokens,
-A answer tokens (in decoding: running answers), Y labels, H attention heads, K key-value heads,
-n sequences, C keys (in chunks: positions), W width of a cache slot, D head size (for hidden states:
-model width), V vocabulary.
+A answer tokens (in decoding: running answers), R rows of logits, Y labels, H attention heads, K
+key-value heads, n sequences, C keys (in chunks: positions), W width of a cache slot, D head size
+(for hidden states: model width), V vocabulary.
 """
 
 import os
@@ -292,7 +292,7 @@ def use_tree_attention(model):
 
 def common_prefix_length(prompts):
     """Length of the longest common token prefix that leaves every prompt a token of its own."""
-    first, last = min(prompts), max(prompts)  # the two that differ earliest in lexicographic order
+    first, last = min(prompts), max(prompts)  # what these share in lexicographic order, all share
     limit = min(map(len, prompts)) - 1
     return next((i for i in range(limit) if first[i] != last[i]), limit)
 
@@ -702,10 +702,7 @@ def sample(
         part = prompts[start : start + fitting]
         first = first_row + start * group_size
         rows = range(first, first + len(part) * group_size)
-        draws_NT = np.zeros((len(rows), max_new_tokens))
-        if temperature:
-            draws_NT = uniforms(seed, step, rows, max_new_tokens)
-        draws_NT = torch.from_numpy(draws_NT).to(model.device)
+        draws_NT = torch.from_numpy(uniforms(seed, step, rows, max_new_tokens)).to(model.device)
         parts.append(_sample_part(model, part, draws_NT, eos_id, temperature, [*label_ids]))
     answers, *tensors = zip(*parts, strict=True)
     return Rollout([*chain(*answers)], *map(torch.cat, tensors))
@@ -740,21 +737,22 @@ def _sample_part(model, prompts, draws_NT, eos_id, temperature, label_ids):
         ids_NT[rows_A, t] = ids_A
         logprobs_NT[rows_A, t] = logprobs_A
         label_logits_NTY[rows_A, t] = logits_AV[:, label_ids].float()
-        running_A = ~ended_N[rows_A]
-        lengths_N[rows_A] = torch.where(running_A, t + 1, lengths_N[rows_A])
-        running_A &= ids_A != eos_id
-        ended_N[rows_A] = ~running_A
-        # 3. Run one step of all; where enough have ended, without them.
-        count = int(running_A.sum())
+        had_ended_A = ended_N[rows_A]
+        lengths_N[rows_A] = torch.where(had_ended_A, lengths_N[rows_A], t + 1)
+        goes_on_A = ~had_ended_A & (ids_A != eos_id)
+        ended_N[rows_A] = ~goes_on_A
+        # 3. Run one step of all: to leave out those that ended, the cache is copied, so only where
+        # enough have.
+        count = int(goes_on_A.sum())
         if count == 0 or t + 1 == T:
             break
         limit = 0.75 * len(rows_A)
         if on_cuda(ids_A):  # where each size is a graph to capture
             limit = 0.5 * len(rows_A) if len(rows_A) > SMALLEST_GRAPH else 0
         if count <= limit:
-            ids_A = ids_A[running_A]
-            rows_A = rows_A[running_A]
-            decode.keep(running_A.nonzero()[:, 0])
+            ids_A = ids_A[goes_on_A]
+            rows_A = rows_A[goes_on_A]
+            decode.keep(goes_on_A.nonzero()[:, 0])
         hidden_AD = decode.step(model, ids_A)
 
     is_token_NT = torch.arange(T, device=device) < lengths_N[:, None]

@@ -117,7 +117,7 @@ FREE += ("max_bad_steps", "timeout", "sampling_shards")
 
 def load_data(config, task, renderer):
     """The task's files, checked: {"sft": records, "train": ..., "test_x": ...}, each record with
-    prompt_ids, demonstrations with answer_ids. Settles --rule auto. Raises grm.TaskError.
+    prompt_ids, demonstrations with answer_ids. Puts what --rule auto comes to into config. Raises grm.TaskError.
     """
     folder = Path(config.task)
     data = {path.stem: task.read(path) for path in sorted(folder.glob("test*.jsonl"))}
@@ -144,6 +144,7 @@ def load_data(config, task, renderer):
         for record, prompt in zip(records, prompts, strict=True):
             record["prompt_ids"] = prompt
         size = config.group_size if name == "train" else 1
+        # Raises BudgetError now rather than hours later.
         rollout.prompts_at_once(prompts, size, config.max_new_tokens, config.cache_tokens)
     if renderer.truncated:
         parallel.print0(f"{renderer.truncated} documents cut to fit the model's context")
