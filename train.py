@@ -117,7 +117,7 @@ FREE += ("max_bad_steps", "timeout", "sampling_shards")
 
 def load_data(config, task, renderer):
     """The task's files, checked: {"sft": records, "train": ..., "test_x": ...}, each record with
-    prompt_ids, demonstrations with answer_ids. Puts what --rule auto comes to into config. Raises grm.TaskError.
+    prompt_ids, demonstrations with answer_ids. Puts what --rule auto comes to into config.
     """
     folder = Path(config.task)
     data = {path.stem: task.read(path) for path in sorted(folder.glob("test*.jsonl"))}
