@@ -44,8 +44,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Partial, distribute_tensor
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 SAVE_SECONDS = 600  # between checkpoints, where no number of steps is given
@@ -83,6 +82,8 @@ def launch(main, errors=()):
         main()
     except Stopped as stopped:
         print0(stopped)
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command goes on from what is saved")
     except (Exception, dcp.CheckpointException) as error:  # the latter is no Exception
         if not is_rank_0():
             time.sleep(5)  # rank 0 speaks first: torchrun ends the others as soon as one has left
@@ -205,17 +206,33 @@ def transformer_layers(model):
     return max((m for m in model.modules() if isinstance(m, torch.nn.ModuleList)), key=len)
 
 
-# Tensor parallelism (arXiv 1909.08053): a rank has some of the heads, and of the MLP's neurons.
-TENSOR_PLAN = {f"self_attn.{name}_proj": ColwiseParallel() for name in "qkv"}
-TENSOR_PLAN |= {f"mlp.{name}_proj": ColwiseParallel() for name in ("gate", "up")}
-SUMMED = ("self_attn.o_proj", "mlp.down_proj")
-TENSOR_PLAN |= {name: RowwiseParallel(output_layouts=Partial()) for name in SUMMED}
+# Tensor parallelism (arXiv 1909.08053): a rank has some of the heads, and of the MLP's neurons. By
+# hand: under torch's parallelize_module, ranks on gloo aborted now and then with a broken heap.
+ROWS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+COLUMNS = ("o_proj", "down_proj")  # whose outputs are summed over the ranks
+
+
+def _slice(model, ranks):
+    """Keep this rank's slices of a transformer on meta; model.slices: {name: dimension}."""
+    model.slices = {}
+    for name, p in [*model.named_parameters()]:
+        path, _, kind = name.rpartition(".")
+        layer = path.rpartition(".")[2]
+        if layer in ROWS or (layer in COLUMNS and kind == "weight"):
+            model.slices[name] = dim = int(layer in COLUMNS)
+            shape = p.chunk(ranks.world, dim)[ranks.rank].shape
+            setattr(model.get_submodule(path), kind, torch.nn.Parameter(p.new_empty(shape), False))
+    for name, layer in model.named_modules():
+        if name.rpartition(".")[2] in COLUMNS:
+            layer.register_forward_hook(_sum_over_ranks)
 
 
 def _sum_over_ranks(layer, inputs, output):
-    """The hook of a layer of which each rank has a part of the sum."""
+    """The hook of a layer whose columns are sliced; each output has the whole bias."""
+    bias = 0 if layer.bias is None else layer.bias
+    output = output - bias
     dist.all_reduce(output)
-    return output
+    return output + bias
 
 
 @torch.no_grad()
@@ -235,10 +252,7 @@ def sampling_copy(model, ranks, bf16=False):
                 f"--sampling_shards {ranks.world}: splits qwen3, qwen2 and llama by key-value "
                 f"heads; this is {kind} with {heads}"
             )
-        for layer in transformer_layers(copy):
-            parallelize_module(layer, ranks.mesh, TENSOR_PLAN)
-            for name in SUMMED:
-                layer.get_submodule(name).register_forward_hook(_sum_over_ranks)
+        _slice(copy, ranks)
     if bf16:  # of parameters alone: rotary frequencies, buffers, would give other positions
         for p in copy.parameters():
             p.data = p.data.to(torch.bfloat16)
@@ -255,12 +269,13 @@ def copy_weights(target, model):
     """Copy a model's weights into its sampling copy, tensor by tensor. Every rank must call it."""
     if target is model:
         return
-    for ours, theirs in zip(target.parameters(), model.parameters(), strict=True):
+    slices = getattr(target, "slices", {})
+    parameters = zip(target.named_parameters(), model.parameters(), strict=True)
+    for (name, ours), theirs in parameters:
         theirs = theirs.detach().to(ours.dtype)  # before the gathering: half the bytes
         whole = theirs.full_tensor() if isinstance(theirs, DTensor) else theirs
-        if isinstance(ours, DTensor):
-            # Every rank has the whole tensor and takes its own slice: nothing is sent.
-            whole = distribute_tensor(whole, ours.device_mesh, ours.placements, src_data_rank=None)
+        if name in slices:
+            whole = whole.chunk(dist.get_world_size(), slices[name])[dist.get_rank()]
         ours.copy_(whole)
 
 
