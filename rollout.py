@@ -703,7 +703,7 @@ def sample(
         first = first_row + start * group_size
         rows = range(first, first + len(part) * group_size)
         draws_NT = torch.from_numpy(uniforms(seed, step, rows, max_new_tokens)).to(model.device)
-        parts.append(_sample_part(model, part, draws_NT, eos_id, temperature, [*label_ids]))
+        parts.append(_sample_part(model, part, draws_NT, eos_id, temperature, label_ids))
     answers, *tensors = zip(*parts, strict=True)
     return Rollout([*chain(*answers)], *map(torch.cat, tensors))
 
@@ -717,6 +717,7 @@ def _sample_part(model, prompts, draws_NT, eos_id, temperature, label_ids):
     group_size = N // len(prompts)
     device = model.device
     head = model.get_output_embeddings()
+    label_ids_Y = torch.tensor(label_ids, dtype=torch.long, device=device)
     # 1. Prefill the common prefix and the prompts: a tree without answers.
     tree = Tree(prompts, [[]] * len(prompts), device)
     tree.keys = {}
@@ -736,7 +737,7 @@ def _sample_part(model, prompts, draws_NT, eos_id, temperature, label_ids):
         ids_A, logprobs_A = choose_tokens(logits_AV, draws_NT[rows_A, t], temperature)
         ids_NT[rows_A, t] = ids_A
         logprobs_NT[rows_A, t] = logprobs_A
-        label_logits_NTY[rows_A, t] = logits_AV[:, label_ids].float()
+        label_logits_NTY[rows_A, t] = logits_AV[:, label_ids_Y].float()
         had_ended_A = ended_N[rows_A]
         lengths_N[rows_A] = torch.where(had_ended_A, lengths_N[rows_A], t + 1)
         goes_on_A = ~had_ended_A & (ids_A != eos_id)
