@@ -10,7 +10,7 @@ the tree into one row of tokens without padding. In both, a query's keys lie in 
 (prefix, prompt, own), and `attend` is all there is to attention: for each one fused kernel gives an
 output and a log-sum-exp, by which they are merged. Decoder-only Hugging Face models run unchanged.
 
-    use_tree_attention(model)                     # once; refuses models that it cannot run
+    check_model(model, max_position=4096)         # once; refuses models that it computes wrongly
     sampled = sample(model, prompts, group_size=8, max_new_tokens=64, eos_id=2, seed=0, step=7)
     tree = Tree(prompts, sampled.answers, device)  # the same answers, packed for training
     logprobs_A, entropy_A = Policy(model)(tree, temperature=1.0)   # of every answer token
@@ -25,6 +25,7 @@ key-value heads, n sequences, C keys (in chunks: positions), W width of a cache 
 
 import os
 import runpy
+import sys
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, chain
@@ -259,7 +260,7 @@ ALL_ATTENTION_FUNCTIONS.register("tree", tree_attention)
 
 
 class UnsupportedModelError(ValueError):
-    """An architecture whose attention the tree does not compute."""
+    """A model that the tree does not compute, or not rightly."""
 
 
 class BudgetError(ValueError):
@@ -268,23 +269,80 @@ class BudgetError(ValueError):
 
 def use_tree_attention(model):
     """Switch a decoder-only Hugging Face model to tree attention; returns the model. Raises
-    UnsupportedModelError, before any work, for architectures that the tree does not compute.
+    UnsupportedModelError where that cannot be; `check_model` says whether it computes the same.
     """
-    config = model.config
-    others = set(getattr(config, "layer_types", None) or []) - {"full_attention"}
+    head = model.get_output_embeddings()
     problem = None
-    if any(getattr(config, f"{what}_logit_softcapping", None) for what in ("attn", "final")):
-        problem = "soft-capping is not supported"
-    elif others:
-        problem = f"layers of {', '.join(sorted(others))} are not supported"
+    if hasattr(model, "get_base_model"):
+        problem = "use get_base_model() of it, which has the adapters in its layers"
     elif not getattr(model, "_supports_attention_backend", False):
         problem = "its attention cannot be replaced through transformers' AttentionInterface"
-    elif model.get_output_embeddings().bias is not None:
-        problem = "an output head with a bias is not supported"
+    elif type(head) is not torch.nn.Linear or head.bias is not None:
+        problem = "an output head other than a torch.nn.Linear without bias is not supported"
     if problem:
         raise UnsupportedModelError(f"{type(model).__name__}: {problem}")
     model.set_attn_implementation("tree")
     return model
+
+
+# How far two computations of a token's logits may be apart: the norm of their difference, as a
+# share of the logits' own. Rounding gives 1e-6 in float32 and 0.02 in bfloat16.
+MOST_APART = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.1}
+
+
+@torch.no_grad()
+def check_model(model, max_position):
+    """Run a model, in eval mode, with and without the tree: the logits of some sampled tokens must
+    agree, in sampling and in training. Leaves it under tree attention.
+
+    max_position: of the run's longest sequence; what depends on length must not show until there.
+    Returns the largest difference. Raises UnsupportedModelError, with the figure, if it is more
+    than rounding.
+    """
+    name = type(use_tree_attention(model)).__name__
+    config = model.config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    reach = {x: getattr(config, x, None) for x in ("sliding_window", "attention_chunk_size")}
+    if rope.get("rope_type") in ("dynamic", "longrope"):  # which depends on the whole batch
+        original = rope.get("original_max_position_embeddings")
+        reach["the rotary embedding's original length"] = original or config.max_position_embeddings
+    for what, length in reach.items():
+        if length and length < max_position:
+            raise UnsupportedModelError(f"{name}: {what} is {length}, less than {max_position}")
+
+    # Two prompts with a common prefix, and two answers each, of four tokens (no id is -1).
+    draw = np.random.default_rng(0)
+    prefix, *ends = (draw.integers(config.vocab_size, size=n).tolist() for n in (5, 3, 6))
+    prompts = [prefix + end for end in ends]
+    settings = {"group_size": 2, "max_new_tokens": 4, "eos_id": -1}
+    head = model.get_output_embeddings()
+    plain = []
+    # Large logits, as of a trained model, so that soft-capping behind the head shows.
+    with head.register_forward_hook(lambda module, inputs, output: 100 * output):
+        sampled = sample(model, prompts, **settings, label_ids=range(head.out_features))
+        trained_AV = head(answer_hidden(model, Tree(prompts, sampled.answers, model.device)))
+        model.set_attn_implementation("eager")
+        for prompt, group in zip(prompts, sampled.answers, strict=True):
+            for answer in group:
+                ids = torch.tensor([prompt + answer[:-1]], device=model.device)
+                plain.append(model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 :])
+    use_tree_attention(model)
+    # Centred, since probabilities do not depend on a row's mean.
+    plain_AV, trained_AV, sampled_AV = (
+        x.float() - x.float().mean(-1, keepdim=True)
+        for x in (torch.cat(plain), trained_AV, sampled.label_logits_AY)
+    )
+    apart = [
+        ((x - plain_AV).norm(dim=-1) / plain_AV.norm(dim=-1)).nan_to_num(torch.inf).max().item()
+        for x in (sampled_AV, trained_AV)
+    ]
+    most = MOST_APART[model.dtype]
+    if max(apart) > most:
+        raise UnsupportedModelError(
+            f"{name}: under tree attention its logits are others: apart by {apart[0]:.1e} in "
+            f"sampling and {apart[1]:.1e} in training, where rounding gives less than {most}"
+        )
+    return max(apart)
 
 
 # The packed tree ----------------------------------------------------------------------------------
@@ -376,14 +434,18 @@ class Tree:
 
 
 def forward(model, layout):
-    """Last hidden states [S, D] of a layout: a Tree or a Decode."""
+    """Last hidden states [S, D] of a layout, a Tree or a Decode, as the head takes them."""
     out = model.base_model(
         input_ids=layout.input_ids,
         position_ids=layout.position_ids,
         tree=layout,
         use_cache=False,
     )
-    return out.last_hidden_state[0]
+    # What a model multiplies its logits by, ahead of the head, which is linear.
+    scale = getattr(model.config, "logit_scale", None) or 1  # Cohere's
+    scale /= getattr(model.config, "logits_scaling", None) or 1  # Granite's
+    hidden_SD = out.last_hidden_state[0]
+    return hidden_SD if scale == 1 else hidden_SD * scale
 
 
 def answer_hidden(model, tree):
@@ -800,5 +862,6 @@ class Engine:
         return torch.cat(logits)
 
 
-if __name__ == "__main__":  # python rollout.py --bench: measure this file
-    runpy.run_path(str(Path(__file__).resolve().parent / "docs" / "bench.py"), run_name="__main__")
+if __name__ == "__main__":  # python rollout.py --bench, or --check MODEL
+    script = "families.py" if "--check" in sys.argv else "bench.py"
+    runpy.run_path(str(Path(__file__).resolve().parent / "docs" / script), run_name="__main__")
