@@ -14,6 +14,7 @@ Shapes: N answers, T positions of an answer, Y labels.
 """
 
 import argparse
+import contextlib
 import fcntl
 import json
 import math
@@ -38,7 +39,9 @@ from transformers.utils import logging as hf_logging
 
 BOX = re.compile(r"\\boxed\{([^{}]*)\}")
 FORMATS = ("reason-first", "answer-first")
-MOST_PROBLEMS = 20  # bad lines that are named; of the rest, the number
+MOST_PROBLEMS = 20  # that are named
+MOST_UNKNOWN = 0.03  # share of words that a tokenizer may not know
+DATE = "01 Jan 2026"  # today's, for chat templates that name it
 
 
 class TaskError(ValueError):
@@ -81,11 +84,13 @@ class Task:
             task = cls(folder=Path(folder), criteria=body.strip(), **head)
             if before.strip():
                 raise ValueError("something stands before it")
+        except OSError as error:
+            raise TaskError(f"{path}: {error.strerror}; it makes a folder a task") from None
         except (TypeError, ValueError, RecursionError, yaml.YAMLError) as error:
             what = (
                 "must begin with labels, relevant, steps and format, YAML between two lines of ---"
             )
-            raise TaskError(f"{path}: {what}: {error}") from None
+            raise TaskError(f"{path}: {what}: {' '.join(str(error).split())}") from None
         if problem := task._problem():
             raise TaskError(f"{path}: {problem}")
         return task
@@ -99,8 +104,11 @@ class Task:
             values = ["".join(value.split()) for value in values]  # as boxes are compared
             if len(set(values)) < len(values) or any(not v or set("{}") & set(v) for v in values):
                 return f"{name} must not repeat a value nor contain braces, nor an empty value"
-        if len(self.labels) < 2 or not set(self.relevant) <= set(self.labels):
-            return "labels needs two or more values, and relevant must be some of them"
+        if len(self.labels) < 2:
+            return "labels needs two or more values"
+        best = self.labels[len(self.labels) - len(self.relevant) :]
+        if not self.relevant or set(self.relevant) != set(best):
+            return f"relevant must be the last of labels, which go from worst to best, not {best}"
         if self.format not in FORMATS:
             return f"format must be one of {', '.join(FORMATS)}, not {self.format!r}"
         if self.format == "reason-first" and not self.steps:
@@ -143,24 +151,27 @@ class Task:
 
     def read(self, path, required=("label",)):
         """Read a JSON Lines file of pairs, checked: query, document, and what is `required` of
-        label and response. Returns Records. Raises TaskError that names the bad lines.
+        label and response. Returns Records. Raises TaskError: for each fault the first bad line.
         """
         records = []
-        problems = []
-        for number, line in enumerate(Path(path).read_bytes().split(b"\n"), 1):
-            if not line.strip():
-                continue
+        problems = {}  # {what is wrong: where first}
+        for number, line in enumerate(read_lines(path), 1):
+            where = f"{path}:{number}"
             try:
-                records.append(Record(self.check(json.loads(line), required)))
-                records[-1].where = f"{path}:{number}"
+                if line.strip():
+                    records.append(Record(self.check(json.loads(line), required)))
+                    records[-1].where = where
             except (ValueError, RecursionError) as error:
-                problems.append(f"{path}:{number}: {error}")
+                problems.setdefault(getattr(error, "msg", str(error)), where)
+        with_id = [record for record in records if "query_id" in record]
+        without = [record for record in records if "query_id" not in record]
+        if with_id and without:
+            problems["no query_id, which other pairs have"] = without[0].where
         if not records and not problems:
-            problems = [f"{path}: holds no pairs"]
-        if len(problems) > MOST_PROBLEMS:
-            problems[MOST_PROBLEMS:] = [f"... and {len(problems) - MOST_PROBLEMS} more"]
+            problems["holds no pairs"] = path
         if problems:
-            raise TaskError("\n".join(problems))
+            lines = [f"{where}: {problem}" for problem, where in problems.items()]
+            raise TaskError("\n".join(lines[:MOST_PROBLEMS]))
         return records
 
     def check(self, record, required=()):
@@ -186,6 +197,8 @@ class Task:
         return record
 
     def _label(self, value):
+        if isinstance(value, float) and value.is_integer():  # as spreadsheets write 2
+            value = int(value)
         if str(value) not in self.labels:
             raise TaskError(f"unknown label {value!r}; the labels are {', '.join(self.labels)}")
         return str(value)
@@ -199,6 +212,28 @@ class Task:
         return np.asarray(probs_NY) @ np.asarray(values_Y, dtype=np.float64)
 
 
+def read_lines(path):
+    """Lines of a JSON Lines file. Raises TaskError that says what the file is instead."""
+    path = Path(path)
+    table = path.with_suffix(".csv")
+    if table.is_file() and not path.is_file():
+        raise TaskError(f"{path}: is not there; data/from_csv.py makes a task of {table}")
+    content = path.read_bytes()
+    text = content.decode("utf-8-sig", errors="replace")
+    start = text.lstrip()[:40].partition("\n")[0]
+    problem = None
+    if b"\0" in content[:100]:
+        problem = "is UTF-16; save it as UTF-8"
+    elif "\ufffd" in text:
+        line = 1 + text[: text.index("\ufffd")].count("\n")
+        problem = f"is no UTF-8 (line {line}); save it as UTF-8"
+    elif start and not start.startswith("{"):
+        problem = f"begins with {start!r}; JSON Lines are an object a line, no table or array"
+    if problem:
+        raise TaskError(f"{path}: {problem}")
+    return text.split("\n")
+
+
 def setting(default, text):
     """A field of a settings dataclass: its default and its help text."""
     return field(default=default, metadata={"help": text.replace("%", "%%")})
@@ -206,19 +241,35 @@ def setting(default, text):
 
 def parse_settings(config_class, file_name, argv=None):
     """Settings from the command line, then TASK/`file_name` (JSON), then the dataclass's defaults;
-    unknown names and wrong types end the program with a usage message, which names the file.
+    unknown names and wrong types end the program with a usage message, which names the file. Rank 0
+    prints those that are not the default, with where they come from.
     """
     parser = HfArgumentParser(config_class, allow_abbrev=False)
-    given, _ = parser.parse_known_args(argv)
-    path = Path(given.task) / file_name
-    in_file = None
+    path = Path(parser.parse_known_args(argv)[0].task) / file_name
+    values = {}
     if path.is_file():
         try:
-            flags = [f"--{name}={value}" for name, value in json.loads(path.read_text()).items()]
-        except (ValueError, AttributeError) as error:
+            values = dict(json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
             raise TaskError(f"{path}: must be a JSON object of settings: {error}") from None
-        in_file = HfArgumentParser(config_class, prog=path, allow_abbrev=False).parse_args(flags)
-    return config_class(**vars(parser.parse_args(argv, in_file)))
+    for name, value in values.items():
+        if isinstance(value, str) and not isinstance(getattr(config_class, name, ""), str):
+            raise TaskError(f"{path}: {name} must be without quotes, not {value!r}")
+    flags = [f"--{name}={value}" for name, value in values.items()]
+    in_file = HfArgumentParser(config_class, prog=path, allow_abbrev=False).parse_args(flags)
+    given = parser.parse_args(argv, argparse.Namespace(**vars(in_file)))
+    sources = {path: [], "the command line": []}
+    for name, value in vars(given).items():
+        default = getattr(config_class, name)
+        if isinstance(value, (int, float)) and value < 0 <= default:
+            raise TaskError(f"--{name}: must not be negative, and is {value}")
+        if value != default:
+            source = path if value == getattr(in_file, name) else "the command line"
+            sources[source].append(f"--{name} {value}")
+    for source, settings in sources.items():
+        if settings and os.environ.get("RANK", "0") == "0":
+            print(f"{' '.join(settings)}  ({source})")
+    return config_class(**vars(given))
 
 
 # Prompts and answers as token ids -----------------------------------------------------------------
@@ -250,9 +301,12 @@ class Renderer:
 
     context: tokens of the model's context; prompts are cut, in the document alone, so that an
         answer of max_new_tokens and a forced "\\boxed{" fit behind them. None: no limit.
+    end_ids: None, or what else ends the model's answers, an id or a list (its generation_config's).
     Attributes: truncated counts the documents that were cut; eos_id ends an answer, as the chat
-    template ends the assistant's turn; opening holds the ids of "\\boxed{"; label_ids the id with
-    which each label begins behind it, all different.
+    template ends the assistant's turn; end_ids are it and the others; opening holds the ids of
+    "\\boxed{"; label_ids the id with which each label begins behind it, all different; read_ids are
+    these and, where text usually merges a label with the brace ("{-" is a token of many
+    vocabularies), the brace and the merged ids, of `merged`: {label: id}.
     Raises TaskError without a usable chat template, or if the labels' first tokens coincide.
     """
 
@@ -261,7 +315,7 @@ class Renderer:
     DOCUMENT = "<<grm:document>>"
     ANSWER = "<<grm:answer>>"
 
-    def __init__(self, task, tokenizer, context=None, max_new_tokens=0):
+    def __init__(self, task, tokenizer, context=None, max_new_tokens=0, end_ids=None):
         self.task = task
         self.tokenizer = tokenizer
         self.truncated = 0
@@ -271,6 +325,8 @@ class Renderer:
             i for token, i in tokenizer.get_vocab().items() if "}" in token or token == "<0x7D>"
         }
         self._read_template()
+        ends = end_ids if isinstance(end_ids, list) else [end_ids]
+        self.end_ids = sorted({self.eos_id, *ends} - {None})
         self._read_labels()
         self.max_prompt_tokens = None
         if context is not None:
@@ -279,6 +335,12 @@ class Renderer:
     def _read_template(self):
         """Cut the rendered chat template at criteria, query and document; find the turn's end."""
         source = self.tokenizer.name_or_path
+        template = self.tokenizer.chat_template
+        if not template:
+            raise TaskError(f"{source}: has no chat template; data/notes/model shows one")
+        if isinstance(template, str):  # today's date would change prompts overnight
+            frozen = re.sub(r"strftime_now\([^()]*\)", repr(DATE), template)
+            self.tokenizer.chat_template = frozen
         user = f"Query: {self.QUERY}\nDocument: {self.DOCUMENT}"
         system = {"role": "system", "content": self.CRITERIA}
         # Some templates (Gemma's) know no system turn: the criteria lead the user's.
@@ -347,9 +409,16 @@ class Renderer:
         unknown = self.tokenizer.unk_token_id
         unwritten = [label for label, ids in self._labels.items() if not ids or unknown in ids]
         if unwritten:
-            raise TaskError(f"{path}: the tokenizer cannot write the labels {unwritten}")
+            source = self.tokenizer.name_or_path
+            raise TaskError(f"{source}: its tokenizer cannot write the labels {unwritten}")
         if len(set(self.label_ids)) < len(self._labels):
             raise TaskError(f"{path}: labels whose first tokens coincide: {self._labels}")
+        stem = len(self.opening) - 1
+        usual = {label: self._encode("\\boxed{" + label)[stem] for label in self._labels}
+        self.merged = {label: i for label, i in usual.items() if i != self.opening[-1]}
+        self.read_ids = self.label_ids
+        if self.merged:
+            self.read_ids = [*self.label_ids, self.opening[-1], *self.merged.values()]
         # Labels as this tokenizer writes them: a word-level one may lower-case or space them.
         self._known = {}
         for label in self.task.labels:
@@ -409,11 +478,11 @@ class Renderer:
         return prompts
 
     def parse(self, ids):
-        """Parse any ids into a Trace. Well-formed: the expected boxes with known labels, eos_id."""
-        if not ids or ids[-1] != self.eos_id:
+        """Parse any ids into a Trace. Well-formed: the expected boxes with known labels, an end."""
+        if not ids or ids[-1] not in self.end_ids:
             return Trace(problem="not ended")
         body = ids[:-1]
-        if self.eos_id in body or any(not 0 <= i < self._size for i in body):
+        if any(i in self.end_ids or not 0 <= i < self._size for i in body):
             return Trace(problem="a token that does not belong into an answer")
         steps = []
         boxes = self.task.boxes
@@ -441,13 +510,15 @@ class Renderer:
         return Trace(steps, final.label)
 
     def _find_label(self, ids, start, end, label):
-        """Where the label's first token stands in ids[start:end], directly behind the opening."""
-        first = self._labels[label][0]
+        """Where the label's first token stands in ids[start:end], directly behind the opening, or
+        merged with its brace.
+        """
+        starts = {self._labels[label][0]: "\\boxed{", self.merged.get(label): "\\boxed"}
         for at in range(end - 1, start, -1):
-            if ids[at] != first:
+            if ids[at] not in starts:
                 continue
             before = "".join(self.decode(ids[start:at]).split())
-            if before.endswith("\\boxed{"):
+            if before.endswith(starts[ids[at]]):
                 # Behind an earlier box's opening it would not be this one's label.
                 return None if "\\boxed" in self.decode(ids[at:end]) else at
         return None
@@ -480,7 +551,7 @@ def metrics(task, records, predictions):
     predictions: dicts with `label` (None for a malformed answer, which is wrong everywhere),
     `grade` (float) and, optionally, `probs` and `steps`.
     binary_accuracy: relevant or not; macro_f1: over the labels that occur in the gold data;
-    confusion: rows gold, columns predicted, malformed last; ece, of the well-formed answers, needs
+    confusion: counts in the labels' order, malformed last; ece, of the well-formed answers, needs
     probs; ndcg@10 needs query_id; step_accuracy needs step_labels and steps.
     """
     Y = len(task.labels)
@@ -500,7 +571,7 @@ def metrics(task, records, predictions):
         "binary_accuracy": float(same_side.sum() / len(records)),
         "macro_f1": float(f1_Y[gold_Y > 0].mean()),
         "kappa": quadratic_kappa(table),
-        "confusion": table.tolist(),
+        "confusion": {"rows": "gold", "columns": "predicted", "counts": table.tolist()},
     }
     graded = [(r, p) for r, p in zip(records, predictions, strict=True) if p["label"] is not None]
     if graded and all("probs" in p for _, p in graded):
@@ -591,6 +662,9 @@ def load_model(source, dtype=torch.float32, seed=None, meta=False, labels=None):
     seed: of one to train: what it lacks starts fresh. meta: without memory, for a rank that will
     receive the weights. Raises TaskError for what cannot be loaded whole.
     """
+    parents = Path(source).parents
+    if not Path(source).is_dir() and (parents[2:] or (parents[1:] and parents[0].is_dir())):
+        raise TaskError(f"{source}: there is no such folder")  # nor is it a hub name: USER/MODEL
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
@@ -600,23 +674,52 @@ def load_model(source, dtype=torch.float32, seed=None, meta=False, labels=None):
             config.id2label = dict(enumerate(labels))
             config.label2id = {label: i for i, label in config.id2label.items()}
         torch.manual_seed(seed or 0)
+        ends = config.eos_token_id
+        if has_weights(source):
+            with contextlib.suppress(OSError):
+                ends = GenerationConfig.from_pretrained(source).eos_token_id or ends
+        differing = []
         if meta or (seed is not None and not has_weights(source)):
             with torch.device("meta" if meta else "cpu"):
-                return kind.from_config(config, dtype=dtype).eval(), tokenizer
-        settings = {"use_safetensors": True, "trust_remote_code": False, "dtype": dtype}
-        settings["output_loading_info"] = True
-        model, report = kind.from_pretrained(source, config=config, **settings)
+                model = kind.from_config(config, dtype=dtype)
+        else:
+            settings = {"use_safetensors": True, "trust_remote_code": False, "dtype": dtype}
+            settings["output_loading_info"] = True
+            model, report = kind.from_pretrained(source, config=config, **settings)
+            differing = sorted(report["missing_keys"] | report["unexpected_keys"])
     except Exception as error:  # whatever a broken or foreign file makes the libraries raise
         first_line = str(error).partition("\n")[0]
         raise TaskError(f"{source}: cannot be loaded: {first_line}") from error
-    differing = sorted(report["missing_keys"] | report["unexpected_keys"])
     if kind is not AutoModelForCausalLM:  # a classifier's head, and pooler, may be new
         body = f"{model.base_model_prefix}."
         differing = [x for x in differing if x.startswith(body) and "pooler" not in x]
     if differing:
         raise TaskError(f"{source}: tensors are missing or left over: {differing[:5]}")
-    model.generation_config = GenerationConfig()  # no temperature, top-k, ... is taken over
+    # No temperature, top-k, ... is taken over.
+    model.generation_config = GenerationConfig(eos_token_id=ends)
     return model.eval(), tokenizer
+
+
+def unknown_words(tokenizer, text):
+    """The words of a text that a tokenizer does not know."""
+    words = text.split()
+    ids = tokenizer(words, add_special_tokens=False, split_special_tokens=True).input_ids
+    return [x for x, of_word in zip(words, ids, strict=True) if tokenizer.unk_token_id in of_word]
+
+
+def check_words(tokenizer, records, most=MOST_UNKNOWN):
+    """Say on rank 0 which share of the words of up to a thousand records a tokenizer does not know.
+    Raises TaskError for more than `most`.
+    """
+    some = records[:: 1 + len(records) // 1000]
+    text = " ".join(f"{record['query']} {record['document']}" for record in some)
+    unknown = unknown_words(tokenizer, text)
+    share = f"{len(unknown) / len(text.split()):.1%} of the words"
+    line = f"{tokenizer.name_or_path}: its tokenizer does not know {share}, such as {unknown[:5]}"
+    if len(unknown) > most * len(text.split()):
+        raise TaskError(f"{line}; choose a model made for such text")
+    if unknown and os.environ.get("RANK", "0") == "0":
+        print(f"warning: {line}")
 
 
 # Scoring ------------------------------------------------------------------------------------------
@@ -633,15 +736,57 @@ def predictions_of(task, logits_NY):
     return out
 
 
+def read_labels(renderer, engine, prompts, answers, label_logits, traces):
+    """float32 logits [N, Y] of the labels where each answer gives its own: a softmax over the
+    labels' first tokens behind "\\boxed{".
+
+    label_logits: of each answer [T, len(read_ids)], from its generation; where the answer does not
+    go through that position, another forward pass gives them. Without an answer, or if it is
+    malformed, "\\boxed{" is put behind it. A label that may be merged with the brace also gets the
+    probability of the merged token, of this and the brace.
+    """
+    Y = len(renderer.task.labels)
+    final = -1 if renderer.task.format == "reason-first" else 0
+    logits_NY = torch.zeros(len(prompts), Y)
+    # Of the brace and the merged ids; as it stands, the brace is certain.
+    braces = torch.tensor([0.0] + [-math.inf] * len(renderer.merged)).repeat(len(prompts), 1)
+    unread = []
+    sequences = []
+    for i, (prompt, answer, trace) in enumerate(zip(prompts, answers, traces, strict=True)):
+        at = trace.steps[final].label_at if trace.steps else None
+        if at is not None:
+            is_merged = answer[at] in renderer.merged.values()
+            before_label = answer[:at] + renderer.opening[-1:] * is_merged
+            brace_at = len(before_label) - 1
+            if answer[brace_at] in renderer.read_ids[Y:]:
+                braces[i] = label_logits[i][brace_at, Y:]
+        elif final == 0:
+            before_label = renderer.opening
+        else:
+            before_label = [t for t in answer if t not in renderer.end_ids] + renderer.opening
+        at = len(before_label)
+        if answer[:at] == before_label and len(answer) > at:
+            logits_NY[i] = label_logits[i][at, :Y]
+        else:
+            unread.append(i)
+            sequences.append([*prompt, *before_label])
+    if unread:
+        logits_NY[unread] = engine.label_logits(sequences)[:, :Y]
+    if renderer.merged:
+        braces = torch.log_softmax(braces, -1)
+        logits_NY = torch.log_softmax(logits_NY, -1) + braces[:, :1]
+        columns = [renderer.task.labels.index(label) for label in renderer.merged]
+        logits_NY[:, columns] = torch.logaddexp(logits_NY[:, columns], braces[:, 1:])
+    return logits_NY
+
+
 def judge(renderer, engine, records, explain=True):
     """Grade records (query, document): label, grade, probs, well_formed; explained, the steps too.
 
     engine: rollout.Engine, or anything with its `generate` and `label_logits`.
-    The label distribution is a softmax over the labels' first tokens at one position: behind the
-    model's own reasoning (reason-first), or directly behind the prompt and "\\boxed{"
-    (answer-first; the answer is only generated if explain). Where the answer went through this
-    position, the logits are those of its generation; else of another forward pass. A malformed
-    answer gets label None, and is read with "\\boxed{" put behind what it wrote.
+    The label distribution is read where the answer gives its label (`read_labels`): behind the
+    model's own reasoning (reason-first), or directly behind the prompt (answer-first; the answer is
+    only generated if explain). A malformed answer gets label None.
     """
     task = renderer.task
     prompts = renderer.prompts(records)
@@ -649,33 +794,14 @@ def judge(renderer, engine, records, explain=True):
     if explain or task.format == "reason-first":
         answers, label_logits = engine.generate(prompts)
     traces = [renderer.parse(answer) for answer in answers]
-
-    logits_NY = torch.zeros(len(prompts), len(task.labels))
-    unread = []  # answers whose label has another position than those that were generated
-    sequences = []
-    for i, (prompt, answer, trace) in enumerate(zip(prompts, answers, traces, strict=True)):
-        if task.format == "answer-first":
-            before_label = renderer.opening
-        elif trace.problem is None and trace.steps[-1].label_at is not None:
-            before_label = answer[: trace.steps[-1].label_at]
-        else:
-            before_label = [t for t in answer if t != renderer.eos_id] + renderer.opening
-        at = len(before_label)
-        if answer[:at] == before_label and len(answer) > at:
-            logits_NY[i] = label_logits[i][at]
-        else:
-            unread.append(i)
-            sequences.append([*prompt, *before_label])
-    if unread:
-        logits_NY[unread] = engine.label_logits(sequences)
-
+    logits_NY = read_labels(renderer, engine, prompts, answers, label_logits, traces)
     results = predictions_of(task, logits_NY)
     for result, answer, trace in zip(results, answers, traces, strict=True):
         result["well_formed"] = trace.problem is None or not answer
         if answer:
             result["label"] = trace.label
         if explain:
-            text = [token for token in answer if token != renderer.eos_id]
+            text = [token for token in answer if token not in renderer.end_ids]
             result["problem"] = trace.problem
             result["answer"] = renderer.decode(text).strip()
             result["steps"] = []
@@ -697,19 +823,24 @@ def load_judge(folder, task=None, max_new_tokens=None):
     task.check_model(folder)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, tokenizer = load_model(folder, torch.bfloat16 if device == "cuda" else torch.float32)
-    rollout.use_tree_attention(model.to(device))
     if max_new_tokens is None:
         path = Path(folder) / "generation_config.json"
         trained = json.loads(path.read_text()) if path.is_file() else {}
         max_new_tokens = trained.get("max_new_tokens") or 128
-    renderer = Renderer(task, tokenizer, model.config.max_position_embeddings, max_new_tokens)
-    return renderer, rollout.Engine(model, renderer.eos_id, renderer.label_ids, max_new_tokens)
+    context = model.config.max_position_embeddings
+    ends = model.generation_config.eos_token_id
+    renderer = Renderer(task, tokenizer, context, max_new_tokens, ends)
+    engine = rollout.Engine(model.to(device), renderer.end_ids, renderer.read_ids, max_new_tokens)
+    return renderer, engine
 
 
 def score_file(args):
     """`grm.py score`: grade a JSON Lines file. Results go to OUT.partial, settings to
-    OUT.partial.json; a stopped run goes on from there, and OUT appears when all is done.
+    OUT.partial.json; a stopped run goes on from there, and OUT appears when all is done, with
+    OUT.metrics.json if the pairs have labels.
     """
+    import rollout
+
     out = Path(args.out)
     partial = Path(f"{out}.partial")
     settings = Path(f"{out}.partial.json")
@@ -717,7 +848,10 @@ def score_file(args):
         raise TaskError(f"--out {out}: exists; delete it or choose another name")
     renderer, engine = load_judge(args.model, args.task, args.max_new_tokens)
     records = renderer.task.read(args.pairs, required=())
-    renderer.prompts(records)  # so that a pair that does not fit is named before any work
+    # What does not fit, or is computed wrongly, is named before any work.
+    longest = max(map(len, renderer.prompts(records))) + engine.max_new_tokens
+    check_words(renderer.tokenizer, records)
+    rollout.check_model(engine.model, longest)
     if renderer.truncated:
         print(f"{renderer.truncated} of {len(records)} documents cut to fit the model's context")
     text = json.dumps({name: str(value) for name, value in vars(args).items()})
@@ -730,8 +864,11 @@ def score_file(args):
         lines = [line for line in file if line.endswith(b"\n")]
         if not lines:
             settings.write_text(text)
-        if settings.read_text() != text or not are_of(records, lines):
-            raise TaskError(f"{partial}: of other settings or pairs; delete it or change --out")
+        former = json.loads(settings.read_text())
+        other = [f"--{name} {x}" for name, x in former.items() if x != json.loads(text)[name]]
+        if other or not are_of(records, lines):
+            what = " ".join(other) or "other pairs"
+            raise TaskError(f"{partial}: was begun with {what}; delete it or change --out")
         grade_file(renderer, engine, records, file, lines, args)
     os.replace(partial, out)
     settings.unlink()
@@ -740,8 +877,9 @@ def score_file(args):
     print(f"{out}: {len(results)} pairs, {malformed} malformed")
     if all(result.get("gold") in renderer.task.labels for result in results):
         gold = [result | {"label": result["gold"]} for result in results]
-        for name, value in metrics(renderer.task, gold, results).items():
-            print(f"  {name}: {json.dumps(value)}")
+        scores = metrics(renderer.task, gold, results)
+        Path(f"{out}.metrics.json").write_text(json.dumps(scores, indent=1) + "\n")
+        print_table({"model": {Path(args.pairs).stem: scores}})
 
 
 def are_of(records, lines):
@@ -776,8 +914,13 @@ def grade_file(renderer, engine, records, file, lines, args):
 
 def judge_pair(args):
     """`grm.py judge`: one reasoned judgement, printed."""
+    import rollout
+
     renderer, engine = load_judge(args.model, args.task, args.max_new_tokens)
     record = renderer.task.check({"query": args.query, "document": args.document})
+    check_words(renderer.tokenizer, [record], most=0.5)
+    (prompt,) = renderer.prompts([record])
+    rollout.check_model(engine.model, len(prompt) + engine.max_new_tokens)
     (result,) = judge(renderer, engine, [record])
     if result["problem"]:
         print(f"malformed answer ({result['problem']}): {result['answer']}")

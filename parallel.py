@@ -20,7 +20,6 @@ number of ranks beyond rounding. A training loop reads:
 This file needs torch, numpy, safetensors and tqdm only; copy it alone.
 """
 
-import contextlib
 import fcntl
 import json
 import math
@@ -89,7 +88,7 @@ def launch(main, errors=()):
             time.sleep(5)  # rank 0 speaks first: torchrun ends the others as soon as one has left
         failures = getattr(error, "failures", {0: [error]})  # a checkpoint's, by rank
         cause = next(iter(failures.values()))[0]
-        if not isinstance(cause, (RunError, OSError, SafetensorError, *errors)):
+        if not isinstance(cause, (RunError, OSError, FloatingPointError, SafetensorError, *errors)):
             raise
         sys.exit(str(cause))
     if dist.is_initialized():
@@ -342,7 +341,6 @@ class Run:
     bad_steps = 0  # of these, the last ones in a row
     status = ""  # shown behind the progress bar
     asked_to_stop = False
-    board = None
 
     def __init__(self, out, settings, ranks, free=(), save_every=0, keep=2, max_bad_steps=3):
         self.out = Path(out)
@@ -353,6 +351,7 @@ class Run:
         self.summary = {}  # anything that JSON holds
         self.saved_at = time.monotonic()
         if any(ranks.gather(ranks.rank == 0 and self._take_folder(settings, free))):
+            (self.out / "lock").unlink(missing_ok=True)
             raise Stopped(f"--out {out}: holds this run, finished; to repeat it, choose another")
 
     def _take_folder(self, settings, free):
@@ -371,10 +370,6 @@ class Run:
             if former.get(name) != settings[name]:
                 raise RunError(f"--out {self.out}: holds a run with --{name} {former.get(name)}")
         write_json(path, settings)
-        with contextlib.suppress(ImportError):
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.board = SummaryWriter(self.out / "tensorboard")
         return (self.out / "summary.json").exists()  # which is written last
 
     def resume(self, module, optimizer):
@@ -481,13 +476,11 @@ class Run:
         return norm
 
     def log(self, name, record):
-        """Append a record to OUT/NAME.jsonl; its numbers go to TensorBoard, where installed."""
+        """Append a record to OUT/NAME.jsonl."""
         if self.ranks.rank == 0:
             for key, x in record.items():
                 if isinstance(x, float) and not math.isfinite(x):
                     record[key] = None  # JSON has no NaN
-                elif isinstance(x, float) and self.board:
-                    self.board.add_scalar(f"{self.stage}/{key}", x, record["step"])
             with open(self.out / f"{name}.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
 

@@ -302,14 +302,15 @@ def check_model(model, max_position):
     name = type(use_tree_attention(model)).__name__
     config = model.config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or {}
-    reach = {x: getattr(config, x, None) for x in ("sliding_window", "attention_chunk_size")}
+    reach = [getattr(config, x, None) for x in ("sliding_window", "attention_chunk_size")]
     if rope.get("rope_type") in ("dynamic", "longrope"):  # which depends on the whole batch
         original = rope.get("original_max_position_embeddings")
-        reach["the rotary embedding's original length"] = original or config.max_position_embeddings
-    for what, length in reach.items():
-        if length and length < max_position:
-            raise UnsupportedModelError(f"{name}: {what} is {length}, less than {max_position}")
-
+        reach.append(original or config.max_position_embeddings)
+    if (least := min(filter(None, reach), default=max_position)) < max_position:
+        raise UnsupportedModelError(
+            f"{name}: its attention changes behind {least} tokens; the longest sequence has "
+            f"{max_position}"
+        )
     # Two prompts with a common prefix, and two answers each, of four tokens (no id is -1).
     draw = np.random.default_rng(0)
     prefix, *ends = (draw.integers(config.vocab_size, size=n).tolist() for n in (5, 3, 6))
@@ -327,22 +328,17 @@ def check_model(model, max_position):
                 ids = torch.tensor([prompt + answer[:-1]], device=model.device)
                 plain.append(model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 :])
     use_tree_attention(model)
-    # Centred, since probabilities do not depend on a row's mean.
-    plain_AV, trained_AV, sampled_AV = (
-        x.float() - x.float().mean(-1, keepdim=True)
-        for x in (torch.cat(plain), trained_AV, sampled.label_logits_AY)
-    )
-    apart = [
-        ((x - plain_AV).norm(dim=-1) / plain_AV.norm(dim=-1)).nan_to_num(torch.inf).max().item()
-        for x in (sampled_AV, trained_AV)
-    ]
-    most = MOST_APART[model.dtype]
-    if max(apart) > most:
+    # Centred: probabilities do not depend on a row's mean.
+    logits = (torch.cat(plain), sampled.label_logits_AY, trained_AV)
+    plain_AV, *ours = (x.float() - x.float().mean(-1, keepdim=True) for x in logits)
+    apart = [((x - plain_AV).norm(dim=-1) / plain_AV.norm(dim=-1)).nan_to_num(9.0) for x in ours]
+    sampling, training = (x.max().item() for x in apart)
+    if max(sampling, training) > MOST_APART[model.dtype]:
         raise UnsupportedModelError(
-            f"{name}: under tree attention its logits are others: apart by {apart[0]:.1e} in "
-            f"sampling and {apart[1]:.1e} in training, where rounding gives less than {most}"
+            f"{name}: under tree attention its logits are others: apart by {sampling:.1e} in "
+            f"sampling and {training:.1e} in training, of their norm"
         )
-    return max(apart)
+    return max(sampling, training)
 
 
 # The packed tree ----------------------------------------------------------------------------------
@@ -724,7 +720,8 @@ def prompts_at_once(prompts, group_size, max_new_tokens, cache_tokens):
     need = max(map(len, prompts)) - prefix + group_size * max_new_tokens
     if prefix + need > cache_tokens:
         raise BudgetError(
-            f"cache_tokens ({cache_tokens}): a group of {group_size} answers needs {prefix + need}"
+            f"cache_tokens is {cache_tokens}, and a group of {group_size} answers needs "
+            f"{prefix + need}: raise it"
         )
     return (cache_tokens - prefix) // need
 
@@ -746,10 +743,10 @@ def sample(
 ):
     """Sample `group_size` answers to each prompt (lists of token ids); returns a Rollout.
 
-    temperature 0 is greedy. Row n draws from uniforms of (seed, step, first_row + n), so its answer
-    does not depend on who shares its batch, beyond rounding. label_ids: ids whose logits are kept
-    at every token. The keys and values of at most `cache_tokens` tokens are held, from which
-    follows how many prompts are answered at a time.
+    eos_id: the id, or a list of ids, that ends an answer. temperature 0 is greedy. Row n draws from
+    uniforms of (seed, step, first_row + n), so its answer does not depend on who shares its batch,
+    beyond rounding. label_ids: ids whose logits are kept at every token. The keys and values of at
+    most `cache_tokens` tokens are held, from which follows how many prompts are answered at a time.
     Raises BudgetError, or ValueError without eos_id, in train mode, or for too long a prompt.
     """
     if eos_id is None or model.training:
@@ -767,7 +764,10 @@ def sample(
         draws_NT = torch.from_numpy(uniforms(seed, step, rows, max_new_tokens)).to(model.device)
         parts.append(_sample_part(model, part, draws_NT, eos_id, temperature, label_ids))
     answers, *tensors = zip(*parts, strict=True)
-    return Rollout([*chain(*answers)], *map(torch.cat, tensors))
+    sampled = Rollout([*chain(*answers)], *map(torch.cat, tensors))
+    if not sampled.logprobs_A.isfinite().all():
+        raise FloatingPointError("the model's logits are not finite: its weights have diverged")
+    return sampled
 
 
 SMALLEST_GRAPH = 32  # answers: fewer take a GPU as long, and to capture a graph takes many steps
@@ -780,6 +780,7 @@ def _sample_part(model, prompts, draws_NT, eos_id, temperature, label_ids):
     device = model.device
     head = model.get_output_embeddings()
     label_ids_Y = torch.tensor(label_ids, dtype=torch.long, device=device)
+    eos_ids = torch.tensor(eos_id, device=device)
     # 1. Prefill the common prefix and the prompts: a tree without answers.
     tree = Tree(prompts, [[]] * len(prompts), device)
     tree.keys = {}
@@ -802,7 +803,7 @@ def _sample_part(model, prompts, draws_NT, eos_id, temperature, label_ids):
         label_logits_NTY[rows_A, t] = logits_AV[:, label_ids_Y].float()
         had_ended_A = ended_N[rows_A]
         lengths_N[rows_A] = torch.where(had_ended_A, lengths_N[rows_A], t + 1)
-        goes_on_A = ~had_ended_A & (ids_A != eos_id)
+        goes_on_A = ~had_ended_A & ~torch.isin(ids_A, eos_ids)
         ended_N[rows_A] = ~goes_on_A
         # 3. Run one step of all: to leave out those that ended, the cache is copied, so only where
         # enough have.
@@ -829,7 +830,7 @@ class Engine:
     """A model with what all its sampling has in common."""
 
     model: torch.nn.Module  # under tree attention
-    eos_id: int
+    eos_id: int | list
     label_ids: list
     max_new_tokens: int
     max_tokens: int = 2**15  # of one forward pass

@@ -26,6 +26,7 @@ import os
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -101,10 +102,12 @@ class Config:
     def __post_init__(self):
         self.model = self.model or str(Path(self.task) / "model")
         self.out = self.out or str(Path("runs") / Path(self.task).resolve().name)
-        if self.group_size < 2 or min(self.temperature, self.lr, self.sft_lr) <= 0:
-            raise grm.TaskError("--group_size: at least 2; --temperature, --lr, --sft_lr: above 0")
-        if min(self.prompts_per_step, self.sft_batch) < int(os.environ.get("WORLD_SIZE", 1)):
-            raise grm.TaskError("--prompts_per_step, --sft_batch: at least one a rank")
+        world = int(os.environ.get("WORLD_SIZE", 1))
+        least = {"group_size": 2, "prompts_per_step": world, "sft_batch": world}  # one a rank
+        least |= {"temperature": 1e-3, "lr": 1e-12, "sft_lr": 1e-12}
+        for name, value in least.items():
+            if getattr(self, name) < value:
+                raise grm.TaskError(f"--{name}: must be at least {value}")
 
 
 # What may change when a run is taken up again: results do not depend on it beyond rounding.
@@ -131,6 +134,8 @@ def load_data(config, task, renderer):
         for record in data["sft"]:
             record["answer_ids"] = renderer.encode_response(record["response"])
             problem = renderer.parse(record["answer_ids"]).problem
+            if unknown := grm.unknown_words(renderer.tokenizer, record["response"]):
+                problem = f"the tokenizer does not know {unknown[:5]}"
             if len(record["answer_ids"]) > config.max_new_tokens:
                 problem = f"{len(record['answer_ids'])} tokens, more than --max_new_tokens"
             if problem:
@@ -139,6 +144,7 @@ def load_data(config, task, renderer):
         raise grm.TaskError(f"--sft_coef: needs demonstrations, {folder / 'sft.jsonl'}")
     if not data.keys() & {"train", "sft"}:
         raise grm.TaskError("nothing to do: no RL steps, and no SFT steps with demonstrations")
+    grm.check_words(renderer.tokenizer, [*chain(*data.values())])
     for name, records in data.items():
         prompts = renderer.prompts(records)
         for record, prompt in zip(records, prompts, strict=True):
@@ -170,7 +176,7 @@ def export(policy, renderer, folder, max_new_tokens, dtype, ranks):
     model = parallel.gather_model(policy.model, ranks, dtype)
     if ranks.rank == 0:
         model.generation_config = GenerationConfig(
-            eos_token_id=renderer.eos_id,
+            eos_token_id=renderer.end_ids,
             pad_token_id=renderer.tokenizer.pad_token_id,
             do_sample=False,
             max_new_tokens=max_new_tokens,
@@ -316,11 +322,15 @@ def rl(policy, engine, reference, renderer, data, config, ranks, run):
         figures |= sam.rollout_stats(*(ranks.gather_rows(x) for x in of_answers))
         figures |= step_figures(mine, traces, rewards_PG, credit_A, lengths_N, step_ends_NK, ranks)
         run.log("metrics", {"stage": "rl", "step": step + 1, **figures})
+        if step == 0:
+            run.summary["before_rl"] = chances(figures, traces)
         times = {"sampling_s": sampled_at - started, "update_s": updated_at - sampled_at}
         run.log("timing", {"stage": "rl", "step": step + 1, "tokens": num_tokens, **times})
         if step % 10 == 0:
-            credits = credit_A.split(lengths_N.tolist())
-            log_samples(run, mine[0], answers[0], traces[0], credits, renderer)
+            # A group with a signal, if there is one.
+            i = int(advantages_PG.abs().sum(1).argmax())
+            credits = credit_A.split(lengths_N.tolist())[i * config.group_size :]
+            log_samples(run, mine[i], answers[i], traces[i], advantages_PG[i], credits, renderer)
         speed = num_tokens / (updated_at - started)
         run.status = f"reward {figures['reward']:.2f}, {speed:.0f} tok/s"
 
@@ -368,17 +378,36 @@ def step_figures(batch, traces, rewards_PG, credit_A, lengths_N, step_ends_NK, r
     return sam.step_stats(*(ranks.gather_rows(x[known_N]) for x in of_steps))
 
 
-def log_samples(run, record, answers, traces, credits, renderer):
-    """Log two answers to a step's first prompt with the credit of their steps."""
-    pair = {name: record[name] for name in ("query", "document", "label")}
-    for answer, trace, credit_T in list(zip(answers, traces, credits, strict=False))[:2]:
+def chances(figures, traces):
+    """What the answers before the first update say of RL's chances; printed, with a warning."""
+    names = ("reward", "malformed", "frac_zero_std")
+    before = {name: figures[name] for name in names}
+    parallel.print0(", ".join(f"{name} {value:.2f}" for name, value in before.items()))
+    problems = Counter(trace.problem for group in traces for trace in group if trace.problem)
+    if before["malformed"] > 0.5:
+        cause = (
+            f"most answers are malformed ({problems.most_common(2)}); more --sft_steps, a higher"
+        )
+        parallel.print0(f"warning: {cause} --sft_lr or longer --max_new_tokens may help")
+    elif before["frac_zero_std"] > 0.95:
+        cause = "in nearly all groups all answers are right, or all are wrong: there is no signal"
+        parallel.print0(f"warning: {cause}; a higher --temperature or other pairs may help")
+    return before
+
+
+def log_samples(run, record, answers, traces, advantages_G, credits, renderer):
+    """Log a group's best and its worst answer, with the credit of their steps."""
+    names = ("query", "document", "label", "step_labels")
+    pair = {name: record[name] for name in names if name in record}
+    for i in (int(advantages_G.argmax()), int(advantages_G.argmin())):
         steps = []
-        for step in trace.steps:
-            text = renderer.decode(answer[step.start : step.end])
-            steps.append({"text": text, "credit": float(credit_T[step.end - 1])})
-        outcome = {"answer": renderer.decode(answer), "problem": trace.problem, "steps": steps}
-        reward = grm.reward(trace, record["label"])
-        run.log("samples", {"step": run.step + 1, **pair, "reward": reward, **outcome})
+        for step in traces[i].steps:
+            text = renderer.decode(answers[i][step.start : step.end])
+            steps.append({"text": text, "credit": float(credits[i][step.end - 1])})
+        figures = {"reward": grm.reward(traces[i], pair["label"])}
+        figures["advantage"] = float(advantages_G[i])
+        outcome = {"answer": renderer.decode(answers[i]), "problem": traces[i].problem}
+        run.log("samples", {"step": run.step + 1, **pair, **figures, **outcome, "steps": steps})
 
 
 # Stage 3: what came out ---------------------------------------------------------------------------
@@ -415,7 +444,7 @@ def draw_curves(out):
         "RL: credit": ["frac_zero_std", "masked", "right_in_wrong", "wrong_in_right"],
         "RL: entropy per token": ["entropy"],
     }
-    figure = Figure(figsize=(11, 6.5), layout="constrained")
+    figure = Figure(figsize=(11, 7.5), layout="constrained")
     for axis, (title, keys) in zip(figure.subplots(2, 2).flat, panels.items(), strict=True):
         stage = title[:3].strip(":").lower()
         for key in keys:
@@ -425,8 +454,21 @@ def draw_curves(out):
             axis.plot(x, [r[key] for r in known], "o-" if key in accuracies else "-", label=key)
         axis.set(title=title, xlabel="step", yscale="log" if stage == "sft" else "linear")
         axis.grid(alpha=0.3)
-        axis.legend()
+        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3, fontsize="small")
     figure.savefig(out / "curves.png", dpi=110)
+
+
+def check_settings(config, model_config):
+    """Warn of learning rates that teach nothing, or break a model; of what is not trained."""
+    is_fresh = not grm.has_weights(config.model)
+    for name in ("sft_lr", "lr"):
+        rate = getattr(config, name)
+        if is_fresh and rate < 3e-5:
+            parallel.print0(f"warning: --{name} {rate}: fresh weights hardly learn at that rate")
+        if not is_fresh and rate > 1e-4:
+            parallel.print0(f"warning: --{name} {rate} may break pretrained weights in a step")
+    if getattr(model_config, "router_aux_loss_coef", 0):
+        parallel.print0("mixture of experts: its router's balancing loss is not trained")
 
 
 def make_policy(source, config, ranks):
@@ -453,8 +495,13 @@ def main():
     policy, tokenizer = make_policy(config.model, config, ranks)
     model_config = policy.model.config
     context = model_config.max_position_embeddings
-    renderer = grm.Renderer(task, tokenizer, context, config.max_new_tokens)
+    ends = policy.model.generation_config.eos_token_id
+    renderer = grm.Renderer(task, tokenizer, context, config.max_new_tokens, ends)
     data = load_data(config, task, renderer)
+    check_settings(config, model_config)
+    if ranks.rank == 0:  # which has the weights
+        longest = max(len(record["prompt_ids"]) for record in chain(*data.values()))
+        rollout.check_model(policy.model, longest + config.max_new_tokens)
     run = parallel.Run(
         out, asdict(config), ranks, FREE, config.save_every, config.keep, config.max_bad_steps
     )
@@ -472,8 +519,8 @@ def main():
     run.resume(policy, optimizer)
     engine = rollout.Engine(
         parallel.sampling_copy(policy.model, ranks, bf16),
-        renderer.eos_id,
-        renderer.label_ids,
+        renderer.end_ids,
+        renderer.read_ids,
         config.max_new_tokens,
         config.max_tokens,
         config.cache_tokens,
@@ -498,7 +545,7 @@ def main():
     if ranks.rank == 0:
         draw_curves(out)
         run.finish()
-        grm.print_table(run.summary)
+        grm.print_table({x: y for x, y in run.summary.items() if x != "before_rl"})
         print(f"\n{out}/model: the model; curves.png: the picture; samples.jsonl: credited answers")
 
 

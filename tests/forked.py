@@ -31,7 +31,7 @@ def run(argv, ranks=1, faults=(), restarts=0, file_limit=None):
     """`torchrun --nproc-per-node RANKS --max-restarts RESTARTS ARGV`, with faults (tests/faulty.py): its exit code, what it
     printed, and how often it started again."""
     os.environ |= {"PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}", "OMP_NUM_THREADS": "1"}
-    context.set_forkserver_preload(["train", "distill", "torch.utils.tensorboard", "matplotlib.pyplot"])
+    context.set_forkserver_preload(["train", "distill", "matplotlib.pyplot"])
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder, "output")
         for attempt in range(restarts + 1):
