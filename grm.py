@@ -39,7 +39,6 @@ from transformers.utils import logging as hf_logging
 
 BOX = re.compile(r"\\boxed\{([^{}]*)\}")
 FORMATS = ("reason-first", "answer-first")
-MOST_PROBLEMS = 20  # that are named
 MOST_UNKNOWN = 0.03  # share of words that a tokenizer may not know
 DATE = "01 Jan 2026"  # today's, for chat templates that name it
 
@@ -85,7 +84,7 @@ class Task:
             if before.strip():
                 raise ValueError("something stands before it")
         except OSError as error:
-            raise TaskError(f"{path}: {error.strerror}; it makes a folder a task") from None
+            raise TaskError(f"{path}: {error.strerror}; a task (--task) needs it") from None
         except (TypeError, ValueError, RecursionError, yaml.YAMLError) as error:
             what = (
                 "must begin with labels, relevant, steps and format, YAML between two lines of ---"
@@ -161,8 +160,10 @@ class Task:
                 if line.strip():
                     records.append(Record(self.check(json.loads(line), required)))
                     records[-1].where = where
+            except json.JSONDecodeError as error:
+                problems.setdefault(f"is no JSON: {error.msg}", where)
             except (ValueError, RecursionError) as error:
-                problems.setdefault(getattr(error, "msg", str(error)), where)
+                problems.setdefault(str(error), where)
         with_id = [record for record in records if "query_id" in record]
         without = [record for record in records if "query_id" not in record]
         if with_id and without:
@@ -171,7 +172,7 @@ class Task:
             problems["holds no pairs"] = path
         if problems:
             lines = [f"{where}: {problem}" for problem, where in problems.items()]
-            raise TaskError("\n".join(lines[:MOST_PROBLEMS]))
+            raise TaskError("\n".join(lines))
         return records
 
     def check(self, record, required=()):
@@ -219,18 +220,16 @@ def read_lines(path):
     if table.is_file() and not path.is_file():
         raise TaskError(f"{path}: is not there; data/from_csv.py makes a task of {table}")
     content = path.read_bytes()
-    text = content.decode("utf-8-sig", errors="replace")
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = 1 + content[: error.start].count(b"\n")
+        kind = "UTF-16" if b"\0" in content[:100] else "not UTF-8"
+        raise TaskError(f"{path}:{line}: is {kind}; save the file as UTF-8") from None
     start = text.lstrip()[:40].partition("\n")[0]
-    problem = None
-    if b"\0" in content[:100]:
-        problem = "is UTF-16; save it as UTF-8"
-    elif "\ufffd" in text:
-        line = 1 + text[: text.index("\ufffd")].count("\n")
-        problem = f"is no UTF-8 (line {line}); save it as UTF-8"
-    elif start and not start.startswith("{"):
-        problem = f"begins with {start!r}; JSON Lines are an object a line, no table or array"
-    if problem:
-        raise TaskError(f"{path}: {problem}")
+    if start and not start.startswith("{"):
+        what = "JSON Lines are an object a line, no table and no array"
+        raise TaskError(f"{path}: begins with {start!r}; {what}")
     return text.split("\n")
 
 
@@ -674,10 +673,9 @@ def load_model(source, dtype=torch.float32, seed=None, meta=False, labels=None):
             config.id2label = dict(enumerate(labels))
             config.label2id = {label: i for i, label in config.id2label.items()}
         torch.manual_seed(seed or 0)
-        ends = config.eos_token_id
-        if has_weights(source):
-            with contextlib.suppress(OSError):
-                ends = GenerationConfig.from_pretrained(source).eos_token_id or ends
+        generation = GenerationConfig.from_model_config(config)
+        with contextlib.suppress(OSError):
+            generation = GenerationConfig.from_pretrained(source)
         differing = []
         if meta or (seed is not None and not has_weights(source)):
             with torch.device("meta" if meta else "cpu"):
@@ -695,9 +693,17 @@ def load_model(source, dtype=torch.float32, seed=None, meta=False, labels=None):
         differing = [x for x in differing if x.startswith(body) and "pooler" not in x]
     if differing:
         raise TaskError(f"{source}: tensors are missing or left over: {differing[:5]}")
-    # No temperature, top-k, ... is taken over.
-    model.generation_config = GenerationConfig(eos_token_id=ends)
+    kept = {name: getattr(generation, name) for name in ("eos_token_id", "max_new_tokens")}
+    model.generation_config = GenerationConfig(**kept)  # no temperature, top-k, ...
     return model.eval(), tokenizer
+
+
+def save_model(model, tokenizer, folder):
+    """Write a Hugging Face folder: safetensors, with the permissions of its other files."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    for path in Path(folder).glob("*.safetensors"):
+        path.chmod(path.with_name("config.json").stat().st_mode)
 
 
 def unknown_words(tokenizer, text):
@@ -817,19 +823,14 @@ def load_judge(folder, task=None, max_new_tokens=None):
     """
     import rollout
 
-    if task is None and not (Path(folder) / "criteria.md").is_file():
-        raise TaskError(f"--model {folder}: has no criteria.md; name the task's folder with --task")
     task = Task.load(task or folder)
     task.check_model(folder)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, tokenizer = load_model(folder, torch.bfloat16 if device == "cuda" else torch.float32)
-    if max_new_tokens is None:
-        path = Path(folder) / "generation_config.json"
-        trained = json.loads(path.read_text()) if path.is_file() else {}
-        max_new_tokens = trained.get("max_new_tokens") or 128
+    trained = model.generation_config
+    max_new_tokens = max_new_tokens or trained.max_new_tokens or 128
     context = model.config.max_position_embeddings
-    ends = model.generation_config.eos_token_id
-    renderer = Renderer(task, tokenizer, context, max_new_tokens, ends)
+    renderer = Renderer(task, tokenizer, context, max_new_tokens, trained.eos_token_id)
     engine = rollout.Engine(model.to(device), renderer.end_ids, renderer.read_ids, max_new_tokens)
     return renderer, engine
 

@@ -46,6 +46,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
+MAX_BAD_STEPS = 3  # in a row, not finite: they end the run
 SAVE_SECONDS = 600  # between checkpoints, where no number of steps is given
 
 
@@ -329,7 +330,7 @@ class Run:
 
     settings: kept as OUT/config.json; those in `free` may change when the run is taken up again.
     save_every: steps between checkpoints (0: ten minutes), beside the end of a stage, SIGTERM and
-        SIGINT; keep: how many stay. max_bad_steps: so many not finite in a row end the run.
+        SIGINT; keep: how many stay.
     Raises RunError for a folder of another run, or in use; Stopped for a finished run's.
     """
 
@@ -342,12 +343,11 @@ class Run:
     status = ""  # shown behind the progress bar
     asked_to_stop = False
 
-    def __init__(self, out, settings, ranks, free=(), save_every=0, keep=2, max_bad_steps=3):
+    def __init__(self, out, settings, ranks, free=(), save_every=0, keep=2):
         self.out = Path(out)
         self.ranks = ranks
         self.save_every = save_every
         self.keep = keep
-        self.max_bad_steps = max_bad_steps
         self.summary = {}  # anything that JSON holds
         self.saved_at = time.monotonic()
         if any(ranks.gather(ranks.rank == 0 and self._take_folder(settings, free))):
@@ -470,7 +470,7 @@ class Run:
             self.skipped += 1
             self.bad_steps += 1
         self.optimizer.zero_grad()
-        if self.bad_steps >= self.max_bad_steps:
+        if self.bad_steps >= MAX_BAD_STEPS:
             at = f"{self.stage} step {self.step + 1}: loss {loss}, gradient norm {norm}"
             raise RunError(f"{at}, {self.bad_steps} times in a row; lower the learning rate")
         return norm

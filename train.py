@@ -46,16 +46,14 @@ class Config:
     """Settings of a run. The defaults are for models of 0.6 B to 8 B parameters."""
 
     task: str = setting("data/notes", "folder: criteria.md, train.jsonl, test*.jsonl; sft.jsonl")
-    model: str = setting(
-        "", "model folder or hub name; without weights it starts fresh (TASK/model)"
-    )
+    model: str = setting("", "folder or hub name; without weights it starts fresh (TASK/model)")
     out: str = setting("", "folder for all that the run writes (runs/NAME_OF_TASK)")
     seed: int = setting(0, "seeds fresh weights, the order of the data, and sampling")
     max_new_tokens: int = setting(512, "longest answer, in tokens, EOS included")
     max_tokens: int = setting(2**15, "tokens of a micro-batch; lower it where memory runs out")
     cache_tokens: int = setting(2**17, "tokens of the key-value cache in sampling; likewise")
     bf16: Literal["auto", "0", "1"] = setting(
-        "auto", "compute and sample in bfloat16; auto: on CUDA, and CPUs with AMX where it pays"
+        "auto", "compute in bfloat16; auto: on CUDA, and on CPUs with AMX where it pays"
     )
     activation_checkpointing: Literal["auto", "0", "1"] = setting(
         "auto", "keep only the inputs of layers for backward: less memory; auto: on CUDA"
@@ -63,11 +61,8 @@ class Config:
     eval_every: int = setting(50, "evaluate every so many RL steps (0: after SFT and RL)")
     save_every: int = setting(0, "save every so many steps (0: every ten minutes)")
     keep: int = setting(2, "checkpoints to keep, the newest")
-    max_bad_steps: int = setting(3, "end after so many steps in a row that are not finite")
     timeout: int = setting(1800, "seconds that a rank waits for another before the job ends")
-    sampling_shards: int = setting(
-        1, "1: each rank samples from a copy of the model; all ranks: together, each has a part"
-    )
+    sampling_shards: int = setting(1, "ranks that share a copy of the model to sample: 1, or all")
     # SFT
     sft_steps: int = setting(400, "steps of fine-tuning on TASK/sft.jsonl (0: none)")
     sft_batch: int = setting(64, "demonstrations a step")
@@ -78,14 +73,10 @@ class Config:
     group_size: int = setting(8, "answers sampled for each prompt")
     temperature: float = setting(1.0, "sampling temperature; the trainer's is the same")
     rule: Literal["auto", "none", "sam", "symmetric"] = setting(
-        "auto",
-        "credit: none: plain GRPO; sam: steps beside the pair's label; symmetric: beside their "
-        "step_labels; auto: symmetric with step_labels, else sam (answer-first: none)",
+        "auto", "of credit (sam.py); auto: symmetric with step_labels, else sam; answer-first: none"
     )
     step_targets: Literal["change", "labels"] = setting(
-        "change",
-        "of symmetric: a step is right if: change: it moves the grade as its step_label does; "
-        "labels: it says its step_label",
+        "change", "of symmetric: a right step moves the grade as, or says, its step_label"
     )
     lr: float = setting(1e-6, "peak learning rate of RL; same schedule")
     updates_per_batch: int = setting(1, "optimizer steps on each batch of answers")
@@ -112,7 +103,7 @@ class Config:
 
 # What may change when a run is taken up again: results do not depend on it beyond rounding.
 FREE = ("out", "max_tokens", "cache_tokens", "activation_checkpointing", "save_every", "keep")
-FREE += ("max_bad_steps", "timeout", "sampling_shards")
+FREE += ("timeout", "sampling_shards")
 
 
 # Data ---------------------------------------------------------------------------------------------
@@ -181,8 +172,7 @@ def export(policy, renderer, folder, max_new_tokens, dtype, ranks):
             do_sample=False,
             max_new_tokens=max_new_tokens,
         )
-        model.save_pretrained(folder)
-        renderer.tokenizer.save_pretrained(folder)
+        grm.save_model(model, renderer.tokenizer, folder)
         renderer.task.save(folder)
     ranks.barrier()
 
@@ -502,9 +492,7 @@ def main():
     if ranks.rank == 0:  # which has the weights
         longest = max(len(record["prompt_ids"]) for record in chain(*data.values()))
         rollout.check_model(policy.model, longest + config.max_new_tokens)
-    run = parallel.Run(
-        out, asdict(config), ranks, FREE, config.save_every, config.keep, config.max_bad_steps
-    )
+    run = parallel.Run(out, asdict(config), ranks, FREE, config.save_every, config.keep)
     # Of computing and sampling; master weights are float32.
     bf16 = parallel.chosen_bf16(config.bf16, ranks.device, model_config.hidden_size)
     dtype = torch.bfloat16 if bf16 else torch.float32
