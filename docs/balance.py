@@ -56,7 +56,7 @@ def read(out, seeds):
             last = list(json.loads((base / "summary.json").read_text()).values())[-1]
             rows["random"].append(last["test_random"]["accuracy"])
             rows["longtail"].append(last["test_longtail"]["accuracy"])
-            rows["recall"].append(min(lowest_recall(test["confusion"]) for test in last.values()))
+            rows["recall"].append(min(lowest_recall(test["confusion"]["counts"]) for test in last.values()))
             lines = (base / "metrics.jsonl").read_text().splitlines()
             records = [record for record in map(json.loads, lines) if record["stage"] == "rl"]
             if records:
