@@ -43,7 +43,7 @@ def one_seed(out, seed, threads, flags):
 
 def lowest_recall(confusion):
     """Of the labels that occur. Rows: gold; columns: predicted, malformed last."""
-    return min(row[i] / sum(row) for i, row in enumerate(confusion) if sum(row))
+    return min(row[i] / sum(row) for i, row in enumerate(confusion["counts"]) if sum(row))
 
 
 def read(out, seeds):
@@ -56,7 +56,7 @@ def read(out, seeds):
             last = list(json.loads((base / "summary.json").read_text()).values())[-1]
             rows["random"].append(last["test_random"]["accuracy"])
             rows["longtail"].append(last["test_longtail"]["accuracy"])
-            rows["recall"].append(min(lowest_recall(test["confusion"]["counts"]) for test in last.values()))
+            rows["recall"].append(min(lowest_recall(test["confusion"]) for test in last.values()))
             lines = (base / "metrics.jsonl").read_text().splitlines()
             records = [record for record in map(json.loads, lines) if record["stage"] == "rl"]
             if records:
