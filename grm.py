@@ -836,8 +836,8 @@ def load_judge(folder, task=None, max_new_tokens=None):
     max_new_tokens = max_new_tokens or trained.max_new_tokens or 128
     context = model.config.max_position_embeddings
     renderer = Renderer(task, tokenizer, context, max_new_tokens, trained.eos_token_id)
-    engine = rollout.Engine(model.to(device), renderer.end_ids, renderer.read_ids, max_new_tokens)
-    return renderer, engine
+    model = rollout.use_tree_attention(model.to(device))
+    return renderer, rollout.Engine(model, renderer.end_ids, renderer.read_ids, max_new_tokens)
 
 
 def score_file(args):
