@@ -18,10 +18,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import NOTES, ROOT
+from conftest import NOTES, ROOT, make_model
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from naive import PaddedEngine, parse
+from naive import PaddedEngine, label_probs, parse, script
 from safetensors.torch import load_file, save_file
 from sklearn.metrics import accuracy_score, cohen_kappa_score, confusion_matrix, f1_score, ndcg_score
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -83,7 +83,8 @@ def unigram():
 
 
 TOKENIZERS = {"words": lambda: load_model(NOTES / "model", meta=True)[1], "bpe": byte_level_bpe, "unigram": unigram}
-EACH = pytest.mark.parametrize("name", TOKENIZERS)
+EACH = pytest.mark.parametrize("name", list(TOKENIZERS))
+TOKENIZERS["merging"] = lambda: byte_level_bpe(["x{-1}y{-2}z{-3}"] * 5)  # "{-" is a token, as Qwen's, Llama's and Mistral's
 
 
 def make_task(labels=GRADES, steps=("topic", "constraints", "promotion"), format="reason-first"):
@@ -218,6 +219,27 @@ def test_a_file_of_another_kind_is_told_in_a_line(tmp_path, content, message):
     path.rename(tmp_path / "train.csv")
     with pytest.raises(TaskError, match=rf"^{path}: is not there; data/from_csv.py makes a task of {tmp_path / 'train.csv'}$"):
         make_task().read(path)
+
+
+def test_words_that_a_tokenizer_does_not_know(capsys, monkeypatch):
+    """Grades of <unk> <unk> <unk>, without a word; a tokenizer without <unk>, or whose <unk> is the end token, taken for one
+    that knows nothing."""
+    records = [{"query": "winter", "document": "kids " * 95 + "zebras are bold"}]  # 3 of 99
+    words, letters, gpt2 = TOKENIZERS["words"](), byte_level_bpe(), byte_level_bpe()
+    gpt2.unk_token = gpt2.eos_token
+    words.name_or_path = "its/folder"
+    assert gpt2.unk_token_id == gpt2.eos_token_id and letters.unk_token_id is None
+    for tokenizer in (letters, gpt2):
+        grm.check_words(tokenizer, [{"query": "<unk> <|im_end|>", "document": "咖啡 zebras"}])
+    assert capsys.readouterr().out == ""
+    said = "its/folder: its tokenizer does not know {} of the words, such as ['zebras', 'are', 'bold'{}]"
+    grm.check_words(words, [*records, {"query": "winter", "document": "kids"}])
+    assert capsys.readouterr().out == f"warning: {said.format('3.0%', '')}\n"
+    with pytest.raises(TaskError, match=re.escape(said.format("3.0%", "") + "; choose a model made for such text")):
+        grm.check_words(words, records)
+    monkeypatch.setenv("RANK", "1")
+    grm.check_words(words, records, most=0.5)
+    assert capsys.readouterr().out == ""
 
 
 @functools.cache
@@ -488,7 +510,7 @@ def test_parse_malformed(name):
     assert grm.reward(grm.Trace(problem="not ended"), "1") == 0.0
 
 
-@EACH
+@pytest.mark.parametrize("name", TOKENIZERS)
 @given(st.data())
 @settings(QUICK, max_examples=100)
 def test_parse_equals_the_naive_one(name, data):
@@ -496,7 +518,7 @@ def test_parse_equals_the_naive_one(name, data):
     renderer = make_renderer(name)
     boxed = [renderer.encode_answer(f"\\boxed{{{text}}}") for text in (*GRADES, " 3 ", "", "4")]
     texts = ("}", "}}", "\\boxed{", "{", "\\boxed{ 3", "3}", " a ", "\\", "boxed", "咖啡}", answer("3", "-1", "1"))
-    known = [*boxed, *map(renderer._encode, texts), [renderer.eos_id]]
+    known = [*boxed, *map(renderer._encode, (*texts, "\\boxed{-1}")), [renderer.eos_id]]
     known = st.one_of(st.sampled_from(known), st.integers(0, len(renderer.tokenizer) - 1).map(lambda i: [i]))
     ids = [i for part in data.draw(st.lists(known, max_size=14)) for i in part] + [renderer.eos_id]
     assert renderer.parse(ids) == parse(renderer, ids)
@@ -512,7 +534,7 @@ def test_parsing_takes_linear_time(monkeypatch):
 
 
 def test_merged_tokens():
-    """A box missed whose brace is one token with what follows; -1 read at another place than the others where "{-" is one."""
+    """A box missed whose brace is one token with what follows."""
     renderer = Renderer(make_task(), byte_level_bpe(["x{3}. y{2}. z{1}."] * 5))
     ids = renderer.encode_response("a \\boxed{3}. b \\boxed{-1}. c \\boxed{1}.")
     trace = renderer.parse(ids)
@@ -523,10 +545,45 @@ def test_merged_tokens():
     ids = renderer.encode_response("\\boxed{3}\\boxed{-1}\\boxed{1}")
     assert ids.count(*renderer._encode("}\\")) == 2
     assert [step.label for step in renderer.parse(ids).steps] == ["3", "-1", "1"]
-    renderer = Renderer(make_task(), byte_level_bpe(["x{-1}y{-2}z{-3}"] * 5))
-    assert renderer.tokenizer.tokenize("{-1}")[0] == "{-"
-    assert [renderer.decode([i]) for i in renderer.label_ids] == ["-", "0", "1", "2", "3"]
-    check_trace(renderer, renderer.encode_response(answer("3", "2", "-1")), ("3", "2", "-1"))
+
+
+@pytest.mark.parametrize("format", grm.FORMATS)
+def test_labels_that_merge_with_the_brace(monkeypatch, format):
+    """Where "{-" is a token, -1 has two spellings, and its probability is that of both: an answer written naturally had no
+    place to read it, and was read behind a second box. Of the first forward pass, where that goes through the position."""
+    renderer = make_renderer("merging", format=format)
+    assert [renderer.decode([i]) for i in renderer.read_ids] == ["-", "0", "1", "2", "3", "{", "{-"]
+    settings = {"vocab_size": len(renderer.tokenizer), "max_position_embeddings": 512, "initializer_range": 0.1}
+    plain, model = (make_model("qwen3", tree=tree, **settings) for tree in (False, True))
+    texts = [answer(*labels) for labels in (("3", "2", "-1"), ("-1", "-1", "2"), ("0", "-1", "-1"))]
+    if format == "answer-first":
+        texts = ["\\boxed{-1} " + texts[0], "\\boxed{2} " + texts[1], "\\boxed{-1}" + texts[2]]
+    answers = [[*renderer._encode(text), renderer.eos_id] for text in texts]
+    answers[2] = renderer.encode_response(texts[2])  # each label by itself
+    final = -1 if format == "reason-first" else 0
+    places = [renderer.parse(ids).steps[final].label_at for ids in answers]
+    found = [[renderer.decode([t]) for t in ids[at - 1 : at + 1]] for ids, at in zip(answers, places, strict=True)]
+    assert found == [["boxed", "{-"], ["{", "2"], ["{", "-"]]
+    engine = rollout.Engine(model, renderer.end_ids, renderer.read_ids, 200)
+    script(monkeypatch, answers.__getitem__)
+    asked, label_logits = [], engine.label_logits
+    engine.label_logits = lambda prompts: asked.append(len(prompts)) or label_logits(prompts)
+    for result, record, ids, at in zip(judge(renderer, engine, ASKED[:3]), ASKED, answers, places, strict=False):
+        expected = label_probs(plain, renderer, renderer.prompt(**record), ids, at).tolist()
+        assert list(result["probs"].values()) == pytest.approx(expected, rel=1e-4)
+        assert result["label"] == renderer.parse(ids).label and result["well_formed"]
+    assert asked == [1]  # behind the brace that the first answer does not have
+
+
+def test_merged_tokens_that_coincide_are_refused():
+    """Probability of "{p" given to partly and to perfectly, which are different tokens behind a brace of their own."""
+    letters = [*"<>|imend_start\\boxDcuQyTW :.,{}-paelr\n"]
+    merges = [("{", "p"), ("p", "a"), ("p", "e")]
+    vocabulary = {token: i for i, token in enumerate(["<unk>", *letters, *map("".join, merges)])}
+    tokenizer = wrapped(Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>")), NO_SYSTEM, eos_token="<unk>")
+    assert [tokenizer.tokenize(text)[0] for text in ("pa", "pe", "{pa", "{pe")] == ["pa", "pe", "{p", "{p"]
+    with pytest.raises(TaskError, match="first tokens coincide"):
+        Renderer(make_task(("pa", "pe")), tokenizer)
 
 
 def test_label_at_is_never_another_token():
@@ -691,6 +748,18 @@ def test_load_model_refuses(tmp_path, trained, damage, message):
             load_model(folder, seed=seed)
 
 
+def test_a_path_that_is_not_there_is_no_hub_name(tmp_path, monkeypatch):
+    """A minute of attempts to find runs/notes/model on the hub."""
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda source, **settings: 1 / 0)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    for path in ("runs/notes/model", "runs/model", tmp_path / "model"):
+        with pytest.raises(TaskError, match=f"^{path}: there is no such folder$"):
+            load_model(path)
+    with pytest.raises(TaskError, match="division"):
+        load_model("Qwen/Qwen3-0.6B")
+
+
 @pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
 def test_code_in_a_model_folder_is_not_run(tmp_path, trained, monkeypatch, file):
     """A folder from anywhere that brings its own classes."""
@@ -744,6 +813,10 @@ def test_judge_reads_the_label_where_the_model_wrote_it(name):
     engine = ScriptedEngine([broken, good, broken[:-1]])
     ended, ok, cut = judge(renderer, engine, records)
     assert engine.sequences == [[*renderer.prompts(records)[0], *broken[:-1], *renderer.opening]] * 2
+    traces = [renderer.parse(ids) for ids in engine.answers]
+    logits_NY = grm.read_labels(renderer, engine, [[]] * 3, engine.answers, engine.written, traces)
+    rows = [engine.next[0], engine.written[1][traces[1].steps[-1].label_at], engine.next[1]]
+    assert torch.equal(logits_NY, torch.stack(rows)) and renderer.read_ids == renderer.label_ids
     check_probs(ended, engine.next[0])
     check_probs(ok, engine.written[1][renderer.parse(good).steps[-1].label_at])
     check_probs(cut, engine.next[1])
@@ -880,6 +953,16 @@ def test_score_names_bad_input_before_any_work(score, tmp_path, monkeypatch):
         score(batches=0)
     assert "must be at least 1" in score(batch_size=0) and "must be at least 1" in score(max_new_tokens=0)
     assert [*tmp_path.iterdir()] == [path]
+
+
+def test_weights_that_are_not_finite(score, trained, tmp_path):
+    """Index 2047 is out of bounds, or malformed answers: a diverged model says so, in a line."""
+    model = shutil.copytree(trained, tmp_path / "model")
+    edit_tensor(model, "model.norm.weight", torch.full([128], math.nan))
+    assert score(model=model) == "the model's logits are not finite: its weights have diverged"
+    engine = rollout.Engine(rollout.use_tree_attention(load_model(model)[0]), 2, [], 3)
+    with pytest.raises(FloatingPointError, match="weights have diverged"):
+        engine.sample([[1, 5, 6]])
 
 
 def test_score_keeps_what_it_is_given(score, tmp_path, capsys):
