@@ -176,7 +176,7 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_counted(task, tmp_path):
 
 
 def test_gradients_that_stay_bad_stop_the_run(task, tmp_path):
-    """After --max_bad_steps in a row, in one line; the last good checkpoint is there."""
+    """After parallel.MAX_BAD_STEPS in a row, in one line; the last good checkpoint is there."""
     out, fault = tmp_path / "out", {"do": "nan", "in": "update", "call": 6, "times": 99, "rank": 1}
     text = run(out, 2, f"--task={task}", "--save_every=5", faults=[fault], code=1)
     assert "3 times in a row" in text, text
