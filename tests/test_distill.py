@@ -254,8 +254,9 @@ def scripted_teacher(task, monkeypatch, *flags, broken=()):
     ("answer-first", "js", merging),
 ])  # fmt: skip
 def test_teacher_distributions_equal_the_naive_ones(task, monkeypatch, form, loss, tokenizer):
-    """Reasonings dropped, or half their probability, of labels that merge with the brace. The mean over the well-formed reasonings of the softmax over labels, at the answer's box in each; malformed ones count
-    nothing, and a pair of which all are malformed is left out. Without reasoning before the label, nothing is sampled."""
+    """The mean over the well-formed reasonings of the softmax over labels, at the answer's box in each; malformed ones count
+    nothing, and a pair of which all are malformed is left out. Without reasoning before the label, nothing is sampled. Labels
+    that merge with the brace, which were dropped."""
     if form == "reason-first":
         reason_first(task)
     if tokenizer:
@@ -307,7 +308,7 @@ def test_cache_is_reused_resumed_or_refused(task, monkeypatch):
 
 
 def encoder(task, positions=40, length=512):
-    """A student of RoBERTa's kind, whose positions begin behind its pad token's: it has one less than its configuration says."""
+    """A student of RoBERTa's kind, whose positions begin behind its pad token's: there is one less than configured."""
     shutil.copytree(task / "student", task / "encoder")
     sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
     sizes |= {"max_position_embeddings": positions, "vocab_size": 88, "pad_token_id": 0, "architectures": None}
@@ -335,8 +336,8 @@ def decoder(task, separator="<|im_end|>"):
 @pytest.mark.parametrize("loss", ["label", "gold"])
 @pytest.mark.parametrize("kind", ["classifier", "decoder", "causal"])
 def test_loss_of_a_label_student_is_that_of_its_logits(task, kind, loss):
-    """Padding that is read, or that a decoder has no token for; another position than behind "\\boxed{", settings that are not passed on, or a mean over the
-    pairs of a micro-batch instead of all ranks'."""
+    """Padding that is read, or that a decoder has no token for; another position than behind "\\boxed{", settings that are
+    not passed on, or a mean over the pairs of a micro-batch instead of all ranks'."""
     folder = decoder(task) if kind == "decoder" else task.parent / "teacher" if kind == "causal" else task / "student"
     plain, _ = grm.load_model(folder, seed=0, labels=grm.Task.load(task).labels)
     student, _, pairs = make_student(task, f"--loss={loss}", "--temperature=2", "--gold_weight=0.3", f"--student={folder}")
@@ -433,8 +434,7 @@ def test_models_are_checked_before_work(task, monkeypatch, student, call, behind
         run(monkeypatch, task, f"--student={task / student}")
     loaded = grm.Task.load(task)
     renderer = grm.Renderer(loaded, AutoTokenizer.from_pretrained(task / "model"))
-    records = [loaded.read(task / f"{name}.jsonl", ()) for name in ("train", "sft", "test_random", "test_longtail")]
-    longest = max(map(len, renderer.prompts(sum(records, []))))
+    longest = max(len(prompt) for path in task.glob("*t*n*.jsonl") for prompt in renderer.prompts(loaded.read(path, ())))
     assert checked[-1] == longest + behind_prompt and not (task.parent / "out").exists()
 
 
@@ -569,7 +569,7 @@ REFUSALS = {
     "other ends": (other_ends, "--loss=js --student={task}/model", r"end with the ids \[2, 7\], .* \[2\]; use --loss label"),
     "student's words": (other_language, "", r"task/student: its tokenizer does not know .*'bluse', 'hose'"),
     "teacher's words": (zebras, "--student={task}/speller", r"/teacher: its tokenizer does not know .*'bluse', 'hose'"),
-    "positions": (encoder, "--student={task}/encoder --max_length=40", "encoder: fails at --max_length 40: index 40 is out of bounds"),
+    "positions": (encoder, "--student={task}/encoder --max_length=40", "fails at --max_length 40: index 40 is out"),
     "no separator": (lambda task: decoder(task, ""), "--student={task}/decoder", "puts nothing between query and document"),
     "cache too small": (None, "--cache_tokens=10 --loss=js --student={task}/model", "cache_tokens is 10, and a group"),
     "no labels for gold": (None, "--loss=gold --labelled=0", "no pair has a label"),

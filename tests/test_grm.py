@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -211,7 +212,7 @@ OTHER_FILES = [
 
 @pytest.mark.parametrize(("content", "message"), OTHER_FILES)
 def test_a_file_of_another_kind_is_told_in_a_line(tmp_path, content, message):
-    """Twenty lines of what JSON expects, for a table, an array or another encoding that is named .jsonl; a hint at the table."""
+    """Twenty lines of what JSON expects, for a table, an array or another encoding; a table that lies beside unnoticed."""
     path = tmp_path / "train.jsonl"
     path.write_bytes(content)
     with pytest.raises(TaskError, match=rf"^{path}{message}[^\n]*$"):
@@ -797,7 +798,7 @@ def test_every_end_of_a_model_ends_its_answers(tmp_path, trained, file):
     free = rollout.sample(engine.model, prompts, group_size=8, max_new_tokens=60, eos_id=-1)
     ended = engine.sample(prompts, group_size=8)
     last = set()
-    for ids, whole in zip(sum(ended.answers, []), sum(free.answers, []), strict=True):
+    for ids, whole in zip(chain(*ended.answers), chain(*free.answers), strict=True):
         at = next((i for i, token in enumerate(whole) if token in renderer.end_ids), 60)
         assert ids == whole[: at + 1]
         last.add(ids[-1])
@@ -969,7 +970,7 @@ def test_score_keeps_what_it_is_given(score, tmp_path, capsys):
     """The model's own label taken for the gold one; a lone surrogate in a field, which is no UTF-8 and ends the run midway."""
     fields = {'"label": "3", "gold": "1"': "1", '"label": "3"': "3", '"gold": 7': 7, '"label": null, "note": "\\ud800"': None}
     for i, (field, gold) in enumerate(fields.items()):
-        (tmp_path / "in.jsonl").write_text(f'{{"query": "winter 咖啡", "document": "kids \\u2028 in{" winter" * 40}", {field}}}\n')
+        (tmp_path / "in.jsonl").write_text(f'{{"query": "winter 咖啡", "document": "\\u2028 in{" kids" * 40}", {field}}}\n')
         assert score("--explain", out=tmp_path / f"{i}.jsonl") is None
         (result,) = lines(tmp_path / f"{i}.jsonl")
         assert result["query"] == "winter 咖啡" and result.get("gold") == gold
@@ -1018,7 +1019,7 @@ def test_copied_alone(tmp_path, trained):
     for name in ("grm.py", "rollout.py", "parallel.py"):
         shutil.copy(ROOT / name, tmp_path)
     clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "grm.py", "judge", f"--model={trained}", f"--task={NOTES}", "--max_new_tokens=2", "winter", "kids"]
+    command = [sys.executable, "grm.py", "judge", f"--model={trained}", f"--task={NOTES}", "--max_new_tokens=2", "kids", "kids"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=clean)
     assert done.returncode == 0 and done.stdout.startswith("malformed answer (not ended)"), done.stderr
     nodes = ast.parse((tmp_path / "grm.py").read_text()).body  # not those in functions

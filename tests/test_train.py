@@ -192,7 +192,8 @@ def test_pictures_that_fail_lose_nothing(task, tmp_path, monkeypatch):
     monkeypatch.setattr(parallel.Run, "optimizer_step", None)
     run(monkeypatch, task, out, "--rl_steps=1")
     assert (out / "metrics.jsonl").read_bytes() == metrics
-    assert json.loads((out / "summary.json").read_text()).keys() == {"start", "before_rl", "rl"} and (out / "curves.png").exists()
+    assert json.loads((out / "summary.json").read_text()).keys() == {"start", "before_rl", "rl"}
+    assert (out / "curves.png").exists()
 
 
 def test_checkpoints_come_every_ten_minutes(task, tmp_path, monkeypatch):
@@ -268,13 +269,11 @@ def test_doubtful_settings_are_said(capsys):
         assert len(shown) == len(said) and all(map(str.__contains__, shown, said)), shown
 
 
+zebras = lambda task: second_line(task, "sft.jsonl", response="topic: zebras " + "\\boxed{1} " * 3)
 unknown = lambda task: [second_line(task, path.name, document="zebras are bold " * 90) for path in task.glob("t*.jsonl")]
 REFUSED = {
-    "unknown words": (unknown, [], r"model: its tokenizer does not know \d+.\d% of the words, such as .*'zebras'.*choose a model"),
-    "unknown word": (
-        lambda task: second_line(task, "sft.jsonl", response="topic: zebras \\boxed{1}, \\boxed{1} \\boxed{1}"), [],
-        r"sft\.jsonl:2: the response cannot be used: the tokenizer does not know \['zebras'\]",
-    ),
+    "unknown words": (unknown, [], r"model: its tokenizer does not know \d+.\d% of the words, such as .*'zebras'"),
+    "unknown word": (zebras, [], r"sft\.jsonl:2: the response cannot be used: the tokenizer does not know \['zebras'\]"),
     "response": (lambda task: second_line(task, "sft.jsonl", response="topic: \\boxed{1}"), [], r"sft\.jsonl:2: .*missing box"),
     "no step labels": (one_unlabelled, ["--rule=symmetric"], r"train\.jsonl:2: no step_labels; use --rule sam"),
     "too long": (lambda task: second_line(task, "train.jsonl", query="ramen " * 500), [], r"train\.jsonl:2: criteria, query"),
