@@ -107,7 +107,10 @@ class Task:
             return "labels needs two or more values"
         best = self.labels[len(self.labels) - len(self.relevant) :]
         if not self.relevant or set(self.relevant) != set(best):
-            return f"relevant must be the last of labels, which go from worst to best, not {best}"
+            return (
+                "relevant must be the last of labels, which go from worst to best, "
+                f"not {self.relevant}"
+            )
         if self.format not in FORMATS:
             return f"format must be one of {', '.join(FORMATS)}, not {self.format!r}"
         if self.format == "reason-first" and not self.steps:
@@ -198,8 +201,8 @@ class Task:
         return record
 
     def _label(self, value):
-        if isinstance(value, float) and value.is_integer():  # as spreadsheets write 2
-            value = int(value)
+        if isinstance(value, float) and str(value) not in self.labels and value.is_integer():
+            value = int(value)  # spreadsheets write 2.0
         if str(value) not in self.labels:
             raise TaskError(f"unknown label {value!r}; the labels are {', '.join(self.labels)}")
         return str(value)
@@ -411,11 +414,12 @@ class Renderer:
         if unwritten:
             source = self.tokenizer.name_or_path
             raise TaskError(f"{source}: its tokenizer cannot write the labels {unwritten}")
-        if len(set(self.label_ids)) < len(self._labels):
-            raise TaskError(f"{path}: labels whose first tokens coincide: {self._labels}")
         stem = len(self.opening) - 1
         usual = {label: self._encode("\\boxed{" + label)[stem] for label in self._labels}
         self.merged = {label: i for label, i in usual.items() if i != self.opening[-1]}
+        for first_ids in (self.label_ids, self.merged.values()):
+            if len(set(first_ids)) < len(first_ids):
+                raise TaskError(f"{path}: labels whose first tokens coincide: {self._labels}")
         self.read_ids = self.label_ids
         if self.merged:
             self.read_ids = [*self.label_ids, self.opening[-1], *self.merged.values()]
@@ -832,8 +836,8 @@ def load_judge(folder, task=None, max_new_tokens=None):
     max_new_tokens = max_new_tokens or trained.max_new_tokens or 128
     context = model.config.max_position_embeddings
     renderer = Renderer(task, tokenizer, context, max_new_tokens, trained.eos_token_id)
-    engine = rollout.Engine(model.to(device), renderer.end_ids, renderer.read_ids, max_new_tokens)
-    return renderer, engine
+    model = rollout.use_tree_attention(model.to(device))
+    return renderer, rollout.Engine(model, renderer.end_ids, renderer.read_ids, max_new_tokens)
 
 
 def score_file(args):

@@ -58,6 +58,7 @@ def plan(program, kills, ranks, seed):
         # On one rank alone, what rank 0 does alone; a call that every start reaches.
         on_rank_0 = phase in ("summary", "export", "student export", "shard")
         call = rng.randint(1, 3) if phase in ("sample", "forward", "student") else 1
+        call += phase == "sample"  # the first is of the model's check
         fault = {"do": "kill", "in": phase, "call": call, "after": rng.uniform(0, PHASES[program][phase])}
         faults.append(fault | {"rank": 0 if on_rank_0 else rng.randrange(ranks)})
     return faults

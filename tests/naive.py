@@ -1,18 +1,42 @@
 """The plain ways: to run a model, Hugging Face's forward on padded rows, nothing shared; to parse an answer, from its start
-again at each closing brace. rollout.Engine and grm.Renderer.parse must agree with them."""
+again at each closing brace; to read a label's probability, a forward pass for each of its spellings. rollout.Engine,
+grm.Renderer.parse and grm.read_labels must agree with them. And a model that writes what it is told."""
 
+import numpy as np
 import torch
 from transformers import GenerationConfig
 
+import rollout
 from grm import Step, Trace
+
+
+def script(monkeypatch, answer_of_row):
+    """Let rollout.sample write the ids answer_of_row(row) where it would draw: they stand in the place of the uniforms."""
+    scripted = lambda rows, width: [[*answer_of_row(row), *answer_of_row(row)[-1:] * width][:width] for row in rows]
+    monkeypatch.setattr(rollout, "uniforms", lambda seed, step, rows, width: np.array(scripted(rows, width), dtype=float))
+    monkeypatch.setattr(rollout, "choose_tokens", lambda logits, drawn, temperature: (drawn.long(), torch.zeros(len(drawn))))
+
+
+@torch.no_grad()
+def label_probs(model, renderer, prompt, answer, at):
+    """Probabilities [Y] of the labels where an answer has one, at ids[at]: behind the brace or, of some, merged with it."""
+    stem = [*prompt, *answer[:at]]  # up to "\\boxed"
+    if answer[at] not in renderer.merged.values():
+        stem.pop()
+    brace = renderer.opening[-1]
+    behind_stem, behind_brace = (model(torch.tensor([ids])).logits[0, -1].softmax(-1) for ids in (stem, [*stem, brace]))
+    probs_Y = behind_stem[brace] * behind_brace[renderer.label_ids] / behind_brace[renderer.label_ids].sum()
+    for label, i in renderer.merged.items():
+        probs_Y[renderer.task.labels.index(label)] += behind_stem[i]
+    return probs_Y / probs_Y.sum()
 
 
 def parse(renderer, ids):
     """Renderer.parse of ids below the vocabulary's size, which decodes the whole answer up to each closing brace."""
-    if not ids or ids[-1] != renderer.eos_id:
+    if not ids or ids[-1] not in renderer.end_ids:
         return Trace(problem="not ended")
     body, boxes, steps = ids[:-1], renderer.task.boxes, []
-    if renderer.eos_id in body:
+    if set(renderer.end_ids) & set(body):
         return Trace(problem="a token that does not belong into an answer")
     for end in [i + 1 for i, token in enumerate(body) if token in renderer._closers]:
         found = renderer._boxed(body[:end])
@@ -31,10 +55,11 @@ def parse(renderer, ids):
 
 
 def find_label(renderer, ids, start, end, label):
-    """Where the label's first token stands directly behind the opening of a box; None if it is another token there."""
+    """Where the label's first token stands directly behind the opening of a box, or merged with its brace; else None."""
     for at in range(end - 1, start, -1):
         before = "".join(renderer.decode(ids[start:at]).split())
-        if ids[at] == renderer._labels[label][0] and before.endswith("\\boxed{"):
+        is_behind = ids[at] == renderer._labels[label][0] and before.endswith("\\boxed{")
+        if is_behind or (ids[at] == renderer.merged.get(label) and before.endswith("\\boxed")):
             return None if "\\boxed" in renderer.decode(ids[at:end]) else at
     return None
 

@@ -11,16 +11,17 @@ import signal
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import NOTES
+from conftest import NOTES, make_model
+from naive import label_probs, script
 from safetensors.torch import load_file, save_file
 from sentence_transformers import CrossEncoder
+from test_grm import byte_level_bpe
 from test_rollout import LargestTensor
 from torch.autograd import grad
-from transformers import BertConfig, BertModel, pipeline
+from transformers import AutoTokenizer, BertConfig, BertModel, RobertaConfig, pipeline
 
 import distill
 import grm
@@ -218,37 +219,55 @@ def reason_first(task):
         (task / name).write_text("".join((NOTES / name).read_text().splitlines(keepends=True)[:20]))
 
 
+def merging(task):
+    """A teacher whose tokenizer has "{-" as one token, and knows every word; short criteria, since it spells."""
+    front = (task / "criteria.md").read_text().split("---")[1]
+    (task / "criteria.md").write_text(f"---{front}---\nClose with \\boxed{{grade}}.\n")
+    tokenizer = byte_level_bpe(["x{-1}y{-2}z{-3}"] * 5)
+    model = make_model("qwen3", tree=False, vocab_size=len(tokenizer), max_position_embeddings=2048, initializer_range=0.1)
+    for model_or_tokenizer in (model, tokenizer):
+        model_or_tokenizer.save_pretrained(task.parent / "teacher")
+
+
 def scripted_teacher(task, monkeypatch, *flags, broken=()):
     """A teacher whose samples are the demonstration and another one's, (pair, sample) in `broken` cut short. Its sampler
     takes the scripted ids where it would draw: they stand in the place of the uniforms."""
     config, loaded = configure(task, "--pairs=sft.jsonl", *flags), grm.Task.load(task)
     teacher, pairs = distill.Teacher(config, loaded, parallel.Ranks()), loaded.read(task / "sft.jsonl", ("response",))
-    ids = [teacher.renderer.encode_response(pair["response"]) for pair in pairs]
+    encode = teacher.renderer.encode_response
+    if teacher.renderer.merged:  # as it is spelled naturally
+        encode = lambda text: [*teacher.renderer._encode(text), teacher.renderer.eos_id]
+    ids = [encode(pair["response"]) for pair in pairs]
     answers, calls = [[ids[i], ids[i - 1]] for i in range(len(ids))], []
     for pair, sample in broken:
         answers[pair][sample] = answers[pair][sample][:-9]
 
-    def uniforms(seed, step, rows, width):
-        calls.append(len(rows) // 2)
-        scripted = [answers[row // 2][row % 2] for row in rows]
-        return np.array([[*answer, *answer[-1:] * width][:width] for answer in scripted], dtype=float)
-
-    monkeypatch.setattr(rollout, "uniforms", uniforms)
-    monkeypatch.setattr(rollout, "choose_tokens", lambda logits, drawn, temperature: (drawn.long(), torch.zeros(len(drawn))))
+    script(monkeypatch, lambda row: calls.append(row) or answers[row // 2][row % 2])
     return teacher, pairs, answers, calls
 
 
-@pytest.mark.parametrize(("form", "loss"), [("reason-first", "label"), ("answer-first", "js"), ("answer-first", "label")])
-def test_teacher_distributions_equal_the_naive_ones(task, monkeypatch, form, loss):
+@pytest.mark.parametrize(("form", "loss", "tokenizer"), [
+    ("reason-first", "label", None),
+    ("answer-first", "js", None),
+    ("answer-first", "label", None),
+    ("reason-first", "label", merging),
+    ("answer-first", "js", merging),
+])  # fmt: skip
+def test_teacher_distributions_equal_the_naive_ones(task, monkeypatch, form, loss, tokenizer):
     """The mean over the well-formed reasonings of the softmax over labels, at the answer's box in each; malformed ones count
-    nothing, and a pair of which all are malformed is left out. Without reasoning before the label, nothing is sampled."""
+    nothing, and a pair of which all are malformed is left out. Without reasoning before the label, nothing is sampled. Labels
+    that merge with the brace, which were dropped."""
     if form == "reason-first":
         reason_first(task)
+    if tokenizer:
+        tokenizer(task)
     sampled = (form, loss) != ("answer-first", "label")
     broken = [(2, 0), (5, 0), (5, 1)] if sampled else []
-    teacher, pairs, answers, calls = scripted_teacher(task, monkeypatch, f"--loss={loss}", broken=broken)
+    flags = [f"--loss={loss}", "--max_new_tokens=400"] if tokenizer else [f"--loss={loss}"]
+    teacher, pairs, answers, calls = scripted_teacher(task, monkeypatch, *flags, broken=broken)
+    assert [*teacher.renderer.merged] == ["-1"] * bool(tokenizer)
     taught = teach(teacher, pairs)
-    assert taught == [pair for i, pair in enumerate(pairs) if i != 5 or not sampled] and len(calls) == sampled
+    assert taught == [pair for i, pair in enumerate(pairs) if i != 5 or not sampled] and bool(calls) == sampled
     plain, renderer = grm.load_model(task.parent / "teacher")[0], teacher.renderer
     for pair in taught:
         kept = [answer for answer in answers[pairs.index(pair)] if renderer.parse(answer).problem is None]
@@ -256,8 +275,7 @@ def test_teacher_distributions_equal_the_naive_ones(task, monkeypatch, form, los
         mean = torch.zeros(5)
         for answer in kept:
             at = renderer.parse(answer).steps[-1 if form == "reason-first" else 0].label_at
-            ids = renderer.prompt(pair["query"], pair["document"]) + answer[:at]
-            mean += plain(torch.tensor([ids])).logits[0, -1, renderer.label_ids].softmax(-1) / len(kept)
+            mean += label_probs(plain, renderer, renderer.prompt(pair["query"], pair["document"]), answer, at) / len(kept)
         torch.testing.assert_close(torch.tensor(pair["probs"]), mean, rtol=1e-5, atol=1e-6)
 
 
@@ -289,17 +307,43 @@ def test_cache_is_reused_resumed_or_refused(task, monkeypatch):
             teach(*changed)
 
 
+def encoder(task, positions=40, length=512):
+    """A student of RoBERTa's kind, whose positions begin behind its pad token's: there is one less than configured."""
+    shutil.copytree(task / "student", task / "encoder")
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    sizes |= {"max_position_embeddings": positions, "vocab_size": 88, "pad_token_id": 0, "architectures": None}
+    RobertaConfig(**sizes).save_pretrained(task / "encoder")
+    path = task / "encoder" / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": length}))
+    return task / "encoder"
+
+
+def decoder(task, separator="<|im_end|>"):
+    """A decoder with a classifier's head to be, which has no pad token, as Llama's; behind each text a separator."""
+    folder = shutil.copytree(task / "model", task / "decoder")
+    changes = {"config.json": {"architectures": None, "pad_token_id": None}, "tokenizer_config.json": {"pad_token": None}}
+    pair = [{"Sequence": {"id": id, "type_id": 0}} for id in "AB"]
+    if separator:
+        pair[1:1] = pair[2:2] = [{"SpecialToken": {"id": separator, "type_id": 0}}]
+    names = {separator: {"id": separator, "ids": [2], "tokens": [separator]}} if separator else {}
+    changes["tokenizer.json"] = {"post_processor": {"type": "TemplateProcessing", "single": pair[:1], "pair": pair}}
+    changes["tokenizer.json"]["post_processor"]["special_tokens"] = names
+    for name, change in changes.items():
+        (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | change))
+    return folder
+
+
 @pytest.mark.parametrize("loss", ["label", "gold"])
-@pytest.mark.parametrize("kind", ["classifier", "causal"])
+@pytest.mark.parametrize("kind", ["classifier", "decoder", "causal"])
 def test_loss_of_a_label_student_is_that_of_its_logits(task, kind, loss):
-    """Padding that is read, another position than behind "\\boxed{", settings that are not passed on, or a mean over the
-    pairs of a micro-batch instead of all ranks'."""
-    folder = task.parent / "teacher" if kind == "causal" else task / "student"
+    """Padding that is read, or that a decoder has no token for; another position than behind "\\boxed{", settings that are
+    not passed on, or a mean over the pairs of a micro-batch instead of all ranks'."""
+    folder = decoder(task) if kind == "decoder" else task.parent / "teacher" if kind == "causal" else task / "student"
     plain, _ = grm.load_model(folder, seed=0, labels=grm.Task.load(task).labels)
     student, _, pairs = make_student(task, f"--loss={loss}", "--temperature=2", "--gold_weight=0.3", f"--student={folder}")
     pairs, rows = pairs[: 3 if loss == "gold" else 5], []
     for pair in pairs:
-        if kind == "classifier":
+        if kind != "causal":
             rows.append(plain(**student.tokenizer(pair["query"], pair["document"], return_tensors="pt")).logits[0])
         else:
             prompt = student.renderer.prompt(pair["query"], pair["document"]) + student.renderer.opening
@@ -352,6 +396,46 @@ def test_classifier_loads_in_the_usual_libraries(task, monkeypatch):
     for prediction, row, found in zip(student.predict(records), scores, piped, strict=True):
         assert list(prediction["probs"].values()) == pytest.approx(row.tolist(), abs=1e-5)
         assert {x["label"]: x["score"] for x in found} == pytest.approx(prediction["probs"], abs=1e-5)
+
+
+def test_inputs_are_cut_as_they_will_be_served(task, monkeypatch):
+    """RoBERTa's 514 positions for 512 tokens, of which the last two end a run; a length that the served folder forgets."""
+    (task / "test_random.jsonl").write_text(LONG)
+    run(monkeypatch, task, f"--student={encoder(task, positions=34, length=33)}", "--steps=1", "--loss=gold")
+    saved = AutoTokenizer.from_pretrained(task.parent / "out" / "model")
+    assert saved.model_max_length == 33 and len(saved("winter " * 99, "kids", truncation=True).input_ids) == 33
+    assert len({path.stat().st_mode for path in (task.parent / "out" / "model").iterdir()}) == 1  # weights for all to read
+    student, *_ = make_student(task, f"--student={task / 'encoder'}", "--max_length=20")
+    assert student.tokenizer.model_max_length == student.max_length == 20
+
+
+def test_pairs_are_distinct(task):
+    """A pair of two files that the teacher grades twice, or whose label, in the second alone, is lost."""
+    pairs = [{"query": "winter", "document": text, **label} for text, label in (("kids", {}), ("ramen", {"label": "3"}))]
+    for name, records in (("train", [*pairs, pairs[0]]), ("sft", [pairs[0] | {"label": "-1"}, pairs[1] | {"label": "0"}])):
+        (task / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    found, _ = distill.read_pairs(configure(task), grm.Task.load(task))
+    assert [(pair["document"], pair["label"], pair["gold"]) for pair in found] == [("kids", "-1", 0), ("ramen", "3", 4)]
+
+
+@pytest.mark.parametrize(("student", "call", "behind_prompt"), [("student", 1, 64), ("model", 1, 5), ("model", 2, 64)])
+def test_models_are_checked_before_work(task, monkeypatch, student, call, behind_prompt):
+    """The teacher, and before it a student under tree attention, to the end of their longest answers: what is computed
+    wrongly is refused before the teacher is asked."""
+    checked = []
+
+    def check(model, position):
+        checked.append(position)
+        if len(checked) == call:
+            raise rollout.UnsupportedModelError("apart by 0.5")
+
+    monkeypatch.setattr(rollout, "check_model", check)
+    with pytest.raises(SystemExit, match=r"^apart by 0\.5$"):
+        run(monkeypatch, task, f"--student={task / student}")
+    loaded = grm.Task.load(task)
+    renderer = grm.Renderer(loaded, AutoTokenizer.from_pretrained(task / "model"))
+    longest = max(len(prompt) for path in task.glob("*t*n*.jsonl") for prompt in renderer.prompts(loaded.read(path, ())))
+    assert checked[-1] == longest + behind_prompt and not (task.parent / "out").exists()
 
 
 def test_causal_student_scores_with_grm(task, monkeypatch):
@@ -452,6 +536,26 @@ def other_words(task):
     path.write_text(path.read_text().replace('"topic"', '"-"').replace('"place"', '"topic"').replace('"-"', '"place"'))
 
 
+def other_ends(task):
+    """A teacher whose answers end with another token, too."""
+    (task.parent / "teacher" / "generation_config.json").write_text('{"eos_token_id": [2, 7]}')
+
+
+def other_language(task):
+    """Pairs of which a byte-level tokenizer, as the teacher has one, can write all, and the student's next to nothing."""
+    merging(task)
+    (task / "train.jsonl").write_text(json.dumps({"query": "bluse", "document": "hose " * 400}))
+
+
+def zebras(task):
+    """The reverse: the teacher knows no word."""
+    shutil.copytree(task.parent / "teacher", task / "knows nothing")
+    merging(task)
+    (task.parent / "teacher").rename(task / "speller")
+    (task / "knows nothing").rename(task.parent / "teacher")
+    (task / "train.jsonl").write_text(json.dumps({"query": "bluse", "document": "hose " * 400}))
+
+
 LONG = json.dumps({"query": "winter " * 400, "document": "d", "label": "1"})
 REFUSALS = {
     "lost tensor": (lost_tensor, "", "missing .*encoder.layer.0.output.dense.w"),
@@ -461,8 +565,13 @@ REFUSALS = {
     "output exists": (lambda task: shutil.copytree(task, task.parent / "out"), "", "--out .*other files"),
     "token loss of a classifier": (None, "--loss=forward", "a classifier has none"),
     "on-policy without samples": (None, "--on_policy", "the label loss has no samples"),
-    "no teacher": (None, "--teacher=runs/nothing/model", "runs/nothing/model: "),
-    "cache too small": (None, "--cache_tokens=10 --loss=js --student={task}/model", r"cache_tokens \(10\): a group"),
+    "no teacher": (None, "--teacher=runs/nothing/model", "^runs/nothing/model: there is no such folder$"),
+    "other ends": (other_ends, "--loss=js --student={task}/model", r"end with the ids \[2, 7\], .* \[2\]; use --loss label"),
+    "student's words": (other_language, "", r"task/student: its tokenizer does not know .*'bluse', 'hose'"),
+    "teacher's words": (zebras, "--student={task}/speller", r"/teacher: its tokenizer does not know .*'bluse', 'hose'"),
+    "positions": (encoder, "--student={task}/encoder --max_length=40", "fails at --max_length 40: index 40 is out"),
+    "no separator": (lambda task: decoder(task, ""), "--student={task}/decoder", "puts nothing between query and document"),
+    "cache too small": (None, "--cache_tokens=10 --loss=js --student={task}/model", "cache_tokens is 10, and a group"),
     "no labels for gold": (None, "--loss=gold --labelled=0", "no pair has a label"),
 }
 

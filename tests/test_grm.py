@@ -13,19 +13,20 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import NOTES, ROOT
+from conftest import NOTES, ROOT, make_model
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from naive import PaddedEngine, parse
+from naive import PaddedEngine, label_probs, parse, script
 from safetensors.torch import load_file, save_file
 from sklearn.metrics import accuracy_score, cohen_kappa_score, confusion_matrix, f1_score, ndcg_score
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import GenerationConfig, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 import grm
 import parallel
@@ -83,7 +84,8 @@ def unigram():
 
 
 TOKENIZERS = {"words": lambda: load_model(NOTES / "model", meta=True)[1], "bpe": byte_level_bpe, "unigram": unigram}
-EACH = pytest.mark.parametrize("name", TOKENIZERS)
+EACH = pytest.mark.parametrize("name", list(TOKENIZERS))
+TOKENIZERS["merging"] = lambda: byte_level_bpe(["x{-1}y{-2}z{-3}"] * 5)  # "{-" is a token, as Qwen's, Llama's and Mistral's
 
 
 def make_task(labels=GRADES, steps=("topic", "constraints", "promotion"), format="reason-first"):
@@ -110,8 +112,8 @@ def write_task(folder, body="Close with \\boxed{grade}.", **changes):
 def test_criteria_are_read_as_they_are_written(tmp_path):
     """Numbers as YAML 1.1 reads them (1:30 is 90), an emoji as two halves, or a rule of --- in the body taken for the end."""
     body = "Use \\boxed{grade}.\n\n---\n\nBe strict."
-    task = Task.load(write_task(tmp_path, body, labels="[-1, 1:30, 010, yes, ~, 1_000, 0x1F, null, 1.50]", relevant="[010]"))
-    assert task.labels == ["-1", "1:30", "010", "yes", "~", "1_000", "0x1F", "null", "1.50"] and task.relevant == ["010"]
+    task = Task.load(write_task(tmp_path, body, labels="[-1, 1:30, yes, ~, 1_000, 0x1F, null, 1.50, 010]", relevant="[010]"))
+    assert task.labels == ["-1", "1:30", "yes", "~", "1_000", "0x1F", "null", "1.50", "010"] and task.relevant == ["010"]
     assert task.criteria == body and task.steps == task.boxes == ["topic", "all"]
     assert Task.load(write_task(tmp_path, format="answer-first")).boxes == ["label", "topic", "all"]
     labels = ["😀", *task.labels, "a\u2028b", "'\"\x7f\\", "é: #x, [y]"]
@@ -126,12 +128,15 @@ BAD_TASKS = [
     (lambda text: b"Title\n" + text, "must begin with labels, relevant, steps and format"),
     (lambda text: text + b"\xff", "must begin with labels, relevant, steps and format"),
     ({"colour": "red"}, "colour"),
-    ({"labels": "[1]", "relevant": "[1]"}, "labels needs two or more"),
+    ({"labels": "[1]", "relevant": "[1]"}, "labels needs two or more values$"),
     ({"steps": ""}, "steps must be a list"),
     ({"labels": '["0", "1", " 1"]'}, "labels must not repeat"),
     ({"labels": '["0", "{1}"]', "relevant": '["0"]'}, "labels must not repeat a value nor contain braces"),
     ({"relevant": '[""]'}, "relevant must not repeat a value nor contain braces, nor an empty value"),
-    ({"relevant": '["2"]'}, "relevant must be some of them"),
+    ({"relevant": '["2"]'}, r"relevant must be the last of labels, .* not \['2'\]$"),
+    ({"relevant": '["0"]'}, "relevant must be the last of labels, which go from worst to best"),
+    ({"labels": '["1", "0", "-1"]'}, "relevant must be the last of labels"),  # from best to worst
+    ({"relevant": "[]"}, "relevant must be the last of labels"),
     ({"steps": "[]"}, "needs at least one step"),
     ({"format": "backwards"}, "format must be one of reason-first, answer-first, not 'backwards'"),
     ({"body": "Close every step with a box."}, "must tell the model to close each step"),
@@ -160,40 +165,82 @@ def read_lines(folder, *lines, required=("label",), **changes):
 def test_read_returns_records_with_their_place(tmp_path):
     """Integer labels unequal to parsed ones, blank lines counted out of the line numbers, Unicode line ends as line ends."""
     strange = {"query": "a\u2028b\u0085c", "document": "\x0b咖啡 😀", "label": 1, "step_labels": [0, "1"], "query_id": 7}
-    lines = [json.dumps(strange, ensure_ascii=False).encode(), b"", b"  ", json.dumps(GOOD).encode() + b"\r"]
+    floats = {**GOOD, "label": 1.0, "query_id": "7"}  # as spreadsheets write it
+    lines = [json.dumps(strange, ensure_ascii=False).encode(), b"", b"  ", json.dumps(floats).encode() + b"\r"]
     first, second = read_lines(tmp_path, *lines)
     assert first == {**strange, "label": "1", "step_labels": ["0", "1"]} and first.where == f"{tmp_path / 'x.jsonl'}:1"
-    assert second == GOOD and second.where == f"{tmp_path / 'x.jsonl'}:4"
+    assert second == {**GOOD, "query_id": "7"} and second.where == f"{tmp_path / 'x.jsonl'}:4"
     assert read_lines(tmp_path, {**GOOD, "label": None}, required=())[0].keys() == {"query", "document"}
+    assert read_lines(tmp_path, {**GOOD, "label": 2.0}, labels="[1.0, 2.0]", relevant="[2.0]")[0]["label"] == "2.0"
 
 
 BAD_LINES = [
-    (b"{'query': 1}", "property name"),
+    (b"{'query': 1}", "is no JSON: Expecting property name"),
     (b'["q", "d"]', "must be a JSON object"),
-    (b'{"query": "\xff", "document": "d", "label": "1"}', "utf-8"),
     (b'{"query": "q", "document": "\\udfff x", "label": "1"}', "surrogates"),
     (b"[" * 100_000, "recursion"),
     ({**GOOD, "document": " \n"}, "'document' is missing, empty or not a string"),
     ({**GOOD, "query": None}, "'query' is missing, empty or not a string"),
     ({"query": "q", "document": "d"}, "unknown label None; the labels are -1, 0, 1"),
     ({**GOOD, "step_labels": ["1"]}, "'step_labels' must be a label each for topic, all"),
-    ({**GOOD, "step_labels": "11"}, "'step_labels' must be"),
-    ({**GOOD, "step_labels": ["1", None]}, "unknown label None"),
+    ({**GOOD, "step_labels": ["1", 1.5]}, "unknown label 1.5"),
+    ({**GOOD, "query_id": 1}, ""),
 ]
 
 
-def test_read_names_all_bad_lines_at_once(tmp_path):
-    """A bad line that ends the program with its own exception, or reaches the tokenizer or the output; one error a run."""
+def test_read_names_each_fault_once(tmp_path):
+    """A bad line that ends the program with its own exception, or reaches the tokenizer or the output; twenty lines of one
+    fault that hide another."""
     with pytest.raises(TaskError) as caught:
-        read_lines(tmp_path, *[line for bad, _ in BAD_LINES for line in (GOOD, bad)])
-    for i, (said, (_, message)) in enumerate(zip(str(caught.value).split("\n"), BAD_LINES, strict=True)):
+        read_lines(tmp_path, *[line for bad, _ in BAD_LINES * 2 for line in (GOOD, bad)])
+    *faults, of_id = str(caught.value).split("\n")
+    for i, (said, (_, message)) in enumerate(zip(faults, BAD_LINES[:-1], strict=True)):
         assert said.startswith(f"{tmp_path / 'x.jsonl'}:{2 * i + 2}: ") and message in said
-    with pytest.raises(TaskError) as caught:
-        read_lines(tmp_path, *[b"{"] * 25)
-    assert len(str(caught.value).split("\n")) == 21 and str(caught.value).endswith("... and 5 more")
+    assert of_id == f"{tmp_path / 'x.jsonl'}:1: no query_id, which other pairs have"
     for message, line, required in (("'response' is missing", GOOD, ("response",)), ("holds no pairs", b" ", ())):
         with pytest.raises(TaskError, match=message):
             read_lines(tmp_path, line, required=required)
+
+
+OTHER_FILES = [
+    (b"\xef\xbb\xbfquery;document;label\nq;d;1\n", ": begins with 'query;document;label'; JSON Lines are an object a line"),
+    (b'[\n{"query": "q"},\n{"query": "q"}]', r": begins with '\['; JSON Lines are an object a line, no table and no array"),
+    (json.dumps(GOOD).encode("utf-16"), ":1: is UTF-16; save the file as UTF-8"),
+    ('{"query": "q"}\n{"query": "café"}'.encode("cp1252"), ":2: is not UTF-8; save the file as UTF-8"),
+]
+
+
+@pytest.mark.parametrize(("content", "message"), OTHER_FILES)
+def test_a_file_of_another_kind_is_told_in_a_line(tmp_path, content, message):
+    """Twenty lines of what JSON expects, for a table, an array or another encoding; a table that lies beside unnoticed."""
+    path = tmp_path / "train.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(TaskError, match=rf"^{path}{message}[^\n]*$"):
+        make_task().read(path)
+    path.rename(tmp_path / "train.csv")
+    with pytest.raises(TaskError, match=rf"^{path}: is not there; data/from_csv.py makes a task of {tmp_path / 'train.csv'}$"):
+        make_task().read(path)
+
+
+def test_words_that_a_tokenizer_does_not_know(capsys, monkeypatch):
+    """Grades of <unk> <unk> <unk>, without a word; a tokenizer without <unk>, or whose <unk> is the end token, taken for one
+    that knows nothing."""
+    records = [{"query": "winter", "document": "kids " * 95 + "zebras are bold"}]  # 3 of 99
+    words, letters, gpt2 = TOKENIZERS["words"](), byte_level_bpe(), byte_level_bpe()
+    gpt2.unk_token = gpt2.eos_token
+    words.name_or_path = "its/folder"
+    assert gpt2.unk_token_id == gpt2.eos_token_id and letters.unk_token_id is None
+    for tokenizer in (letters, gpt2):
+        grm.check_words(tokenizer, [{"query": "<unk> <|im_end|>", "document": "咖啡 zebras"}])
+    assert capsys.readouterr().out == ""
+    said = "its/folder: its tokenizer does not know {} of the words, such as ['zebras', 'are', 'bold'{}]"
+    grm.check_words(words, [*records, {"query": "winter", "document": "kids"}])
+    assert capsys.readouterr().out == f"warning: {said.format('3.0%', '')}\n"
+    with pytest.raises(TaskError, match=re.escape(said.format("3.0%", "") + "; choose a model made for such text")):
+        grm.check_words(words, records)
+    monkeypatch.setenv("RANK", "1")
+    grm.check_words(words, records, most=0.5)
+    assert capsys.readouterr().out == ""
 
 
 @functools.cache
@@ -325,10 +372,11 @@ def test_prompt_reads_as_the_template_renders_it(name):
 
 def test_chat_templates_that_cannot_be_used():
     """No template (a base model's folder), one that drops or repeats the criteria without a word, or that fails."""
+    no_template = "has no chat template; data/notes/model shows one"
     tokenizer = byte_level_bpe()
     tokenizer.name_or_path = "some/model"
     silent = "{{ messages[1:] | map(attribute='content') | join }}"
-    for template, message in ((None, "no chat template"), (silent, "drops or repeats"), ("{{ 1 / 0 }}", "division by zero")):
+    for template, message in ((None, no_template), (silent, "drops or repeats"), ("{{ 1 / 0 }}", "division by zero")):
         tokenizer.chat_template = template
         with pytest.raises(TaskError, match=f"^some/model: .*{message}"):
             Renderer(make_task(), tokenizer)
@@ -337,6 +385,19 @@ def test_chat_templates_that_cannot_be_used():
     tokenizer.eos_token = None
     with pytest.raises(TaskError, match="no end-of-sequence token"):
         Renderer(make_task(), tokenizer)
+
+
+def test_todays_date_is_frozen(tmp_path):
+    """A template that names the day (Llama 3's, Mistral's): other prompts, and a useless cache, after midnight."""
+    tokenizer = byte_level_bpe()
+    day = "{% if strftime_now is defined %}{% set day = strftime_now('%d %b %Y') %}{% endif %}Today is {{ day }}.\n"
+    tokenizer.chat_template = day + tokenizer.chat_template
+    renderer = Renderer(make_task(), tokenizer)
+    prompt = renderer.prompt("winter", "the winter")
+    assert renderer.decode(prompt).startswith("Today is 01 Jan 2026.\n<|im_start|>")
+    tokenizer.save_pretrained(tmp_path)
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    assert "strftime_now(" not in again.chat_template and Renderer(make_task(), again).prompt("winter", "the winter") == prompt
 
 
 def check_forbidden(renderer, text):
@@ -450,7 +511,7 @@ def test_parse_malformed(name):
     assert grm.reward(grm.Trace(problem="not ended"), "1") == 0.0
 
 
-@EACH
+@pytest.mark.parametrize("name", TOKENIZERS)
 @given(st.data())
 @settings(QUICK, max_examples=100)
 def test_parse_equals_the_naive_one(name, data):
@@ -458,7 +519,7 @@ def test_parse_equals_the_naive_one(name, data):
     renderer = make_renderer(name)
     boxed = [renderer.encode_answer(f"\\boxed{{{text}}}") for text in (*GRADES, " 3 ", "", "4")]
     texts = ("}", "}}", "\\boxed{", "{", "\\boxed{ 3", "3}", " a ", "\\", "boxed", "咖啡}", answer("3", "-1", "1"))
-    known = [*boxed, *map(renderer._encode, texts), [renderer.eos_id]]
+    known = [*boxed, *map(renderer._encode, (*texts, "\\boxed{-1}")), [renderer.eos_id]]
     known = st.one_of(st.sampled_from(known), st.integers(0, len(renderer.tokenizer) - 1).map(lambda i: [i]))
     ids = [i for part in data.draw(st.lists(known, max_size=14)) for i in part] + [renderer.eos_id]
     assert renderer.parse(ids) == parse(renderer, ids)
@@ -474,7 +535,7 @@ def test_parsing_takes_linear_time(monkeypatch):
 
 
 def test_merged_tokens():
-    """A box missed whose brace is one token with what follows; -1 read at another place than the others where "{-" is one."""
+    """A box missed whose brace is one token with what follows."""
     renderer = Renderer(make_task(), byte_level_bpe(["x{3}. y{2}. z{1}."] * 5))
     ids = renderer.encode_response("a \\boxed{3}. b \\boxed{-1}. c \\boxed{1}.")
     trace = renderer.parse(ids)
@@ -485,10 +546,45 @@ def test_merged_tokens():
     ids = renderer.encode_response("\\boxed{3}\\boxed{-1}\\boxed{1}")
     assert ids.count(*renderer._encode("}\\")) == 2
     assert [step.label for step in renderer.parse(ids).steps] == ["3", "-1", "1"]
-    renderer = Renderer(make_task(), byte_level_bpe(["x{-1}y{-2}z{-3}"] * 5))
-    assert renderer.tokenizer.tokenize("{-1}")[0] == "{-"
-    assert [renderer.decode([i]) for i in renderer.label_ids] == ["-", "0", "1", "2", "3"]
-    check_trace(renderer, renderer.encode_response(answer("3", "2", "-1")), ("3", "2", "-1"))
+
+
+@pytest.mark.parametrize("format", grm.FORMATS)
+def test_labels_that_merge_with_the_brace(monkeypatch, format):
+    """Where "{-" is a token, -1 has two spellings, and its probability is that of both: an answer written naturally had no
+    place to read it, and was read behind a second box. Of the first forward pass, where that goes through the position."""
+    renderer = make_renderer("merging", format=format)
+    assert [renderer.decode([i]) for i in renderer.read_ids] == ["-", "0", "1", "2", "3", "{", "{-"]
+    settings = {"vocab_size": len(renderer.tokenizer), "max_position_embeddings": 512, "initializer_range": 0.1}
+    plain, model = (make_model("qwen3", tree=tree, **settings) for tree in (False, True))
+    texts = [answer(*labels) for labels in (("3", "2", "-1"), ("-1", "-1", "2"), ("0", "-1", "-1"))]
+    if format == "answer-first":
+        texts = ["\\boxed{-1} " + texts[0], "\\boxed{2} " + texts[1], "\\boxed{-1}" + texts[2]]
+    answers = [[*renderer._encode(text), renderer.eos_id] for text in texts]
+    answers[2] = renderer.encode_response(texts[2])  # each label by itself
+    final = -1 if format == "reason-first" else 0
+    places = [renderer.parse(ids).steps[final].label_at for ids in answers]
+    found = [[renderer.decode([t]) for t in ids[at - 1 : at + 1]] for ids, at in zip(answers, places, strict=True)]
+    assert found == [["boxed", "{-"], ["{", "2"], ["{", "-"]]
+    engine = rollout.Engine(model, renderer.end_ids, renderer.read_ids, 200)
+    script(monkeypatch, answers.__getitem__)
+    asked, label_logits = [], engine.label_logits
+    engine.label_logits = lambda prompts: asked.append(len(prompts)) or label_logits(prompts)
+    for result, record, ids, at in zip(judge(renderer, engine, ASKED[:3]), ASKED, answers, places, strict=False):
+        expected = label_probs(plain, renderer, renderer.prompt(**record), ids, at).tolist()
+        assert list(result["probs"].values()) == pytest.approx(expected, rel=1e-4)
+        assert result["label"] == renderer.parse(ids).label and result["well_formed"]
+    assert asked == [1]  # behind the brace that the first answer does not have
+
+
+def test_merged_tokens_that_coincide_are_refused():
+    """Probability of "{p" given to partly and to perfectly, which are different tokens behind a brace of their own."""
+    letters = [*"<>|imend_start\\boxDcuQyTW :.,{}-paelr\n"]
+    merges = [("{", "p"), ("p", "a"), ("p", "e")]
+    vocabulary = {token: i for i, token in enumerate(["<unk>", *letters, *map("".join, merges)])}
+    tokenizer = wrapped(Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>")), NO_SYSTEM, eos_token="<unk>")
+    assert [tokenizer.tokenize(text)[0] for text in ("pa", "pe", "{pa", "{pe")] == ["pa", "pe", "{p", "{p"]
+    with pytest.raises(TaskError, match="first tokens coincide"):
+        Renderer(make_task(("pa", "pe")), tokenizer)
 
 
 def test_label_at_is_never_another_token():
@@ -531,7 +627,8 @@ def test_metrics_against_scikit_learn(seed):
     score = np.round(rng.normal(size=150) + gold, 0 if seed < 3 else 3)  # with ties, and with next to none
     query = np.minimum(rng.integers(0, 12, 150), 9)  # the last has more documents than k
     gold[query == 3] = 0
-    records = [{"label": GRADES[g], "query_id": int(q)} for g, q in zip(gold, query, strict=True)]
+    as_written = rng.choice([int, str], 150)  # 1 and "1" are one query
+    records = [{"label": GRADES[g], "query_id": kind(q)} for g, q, kind in zip(gold, query, as_written, strict=True)]
     out = metrics(make_task(), records, [{"label": GRADES[g], "grade": s} for g, s in zip(got, score, strict=True)])
     assert out["accuracy"] == pytest.approx(accuracy_score(gold, got))
     assert out["macro_f1"] == pytest.approx(f1_score(gold, got, labels=np.unique(gold), average="macro", zero_division=0))
@@ -540,7 +637,7 @@ def test_metrics_against_scikit_learn(seed):
     gains = [ndcg_score([gold[query == q]], [score[query == q]], k=10) for q in range(10) if q != 3]
     assert out["ndcg@10"] == pytest.approx(np.mean(gains))
     assert out["malformed"] == 0.0 and {"step_accuracy", "ece"}.isdisjoint(out)
-    assert [row[:5] for row in out["confusion"]] == confusion_matrix(gold, got, labels=range(5)).tolist()
+    assert [row[:5] for row in out["confusion"]["counts"]] == confusion_matrix(gold, got, labels=range(5)).tolist()
 
 
 def test_metrics_of_malformed_answers():
@@ -554,7 +651,8 @@ def test_metrics_of_malformed_answers():
     assert out["malformed"] == pytest.approx(4 / 5) and out["macro_f1"] == pytest.approx((2 / 3) / 4)
     assert out["kappa"] == pytest.approx(cohen_kappa_score([0, 1, 2, 3, 3], [3, 3, 0, 0, 3], weights="quadratic"))
     assert out["step_accuracy"] == pytest.approx({"topic": 1 / 5, "constraints": 0.0, "promotion": 1 / 5})
-    assert out["confusion"] == [[0, 0, 0, 0, 1]] * 3 + [[0, 0, 0, 1, 1]]
+    counts = [[0, 0, 0, 0, 1]] * 3 + [[0, 0, 0, 1, 1]]
+    assert out["confusion"] == {"rows": "gold", "columns": "predicted", "counts": counts}
     assert 0 < out["ndcg@10"] < 1 and out["ece"] == pytest.approx(0.2), "of the one answer that has a grade"
     assert "ece" not in metrics(task, records[:4], got[:4])
 
@@ -651,6 +749,18 @@ def test_load_model_refuses(tmp_path, trained, damage, message):
             load_model(folder, seed=seed)
 
 
+def test_a_path_that_is_not_there_is_no_hub_name(tmp_path, monkeypatch):
+    """A minute of attempts to find runs/notes/model on the hub."""
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda source, **settings: 1 / 0)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    for path in ("runs/notes/model", "runs/model", tmp_path / "model"):
+        with pytest.raises(TaskError, match=f"^{path}: there is no such folder$"):
+            load_model(path)
+    with pytest.raises(TaskError, match="division"):
+        load_model("Qwen/Qwen3-0.6B")
+
+
 @pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
 def test_code_in_a_model_folder_is_not_run(tmp_path, trained, monkeypatch, file):
     """A folder from anywhere that brings its own classes."""
@@ -665,11 +775,34 @@ def test_code_in_a_model_folder_is_not_run(tmp_path, trained, monkeypatch, file)
     assert not proof.exists()
 
 
-def test_nothing_is_taken_from_generation_config(tmp_path, trained):
-    """Sampling settings shipped with a model (temperature, penalties, another eos) that change its answers silently."""
+@pytest.mark.parametrize("file", ["generation_config.json", "config.json"])
+def test_every_end_of_a_model_ends_its_answers(tmp_path, trained, file):
+    """Answers that run on behind <|eot|> to the limit, all malformed; sampling settings shipped with a model (temperature,
+    penalties) that change its answers silently."""
     folder = shutil.copytree(trained, tmp_path / "model")
-    (folder / "generation_config.json").write_text('{"do_sample": true, "repetition_penalty": 5.0, "eos_token_id": 7}')
-    assert load_model(folder)[0].generation_config == GenerationConfig()
+    Task.load(NOTES).save(folder)
+    settings = {"do_sample": True, "repetition_penalty": 5.0}
+    if file == "config.json":
+        settings = json.loads((folder / file).read_text())
+        (folder / "generation_config.json").unlink()
+    (folder / file).write_text(json.dumps(settings | {"eos_token_id": [51, 50]}))
+    assert load_model(folder)[0].generation_config == GenerationConfig(eos_token_id=[51, 50])
+    renderer, engine = grm.load_judge(folder, max_new_tokens=60)
+    assert renderer.eos_id == 2 and renderer.end_ids == engine.eos_id == [2, 50, 51]
+    prompts, good = renderer.prompts(ASKED), renderer.encode_response(answer("3", "2", "1"))[:-1]
+    for end in (2, 50, 51):
+        assert renderer.parse([*good, end]).label == "1" and renderer.parse([*good, end, 2]).problem
+        scripted = ScriptedEngine([[*good[:-2], end]])
+        assert judge(renderer, scripted, ASKED[:1])[0]["answer"] == renderer.decode(good[:-2])
+        assert scripted.sequences == [[*prompts[0], *good[:-2], *renderer.opening]]
+    free = rollout.sample(engine.model, prompts, group_size=8, max_new_tokens=60, eos_id=-1)
+    ended = engine.sample(prompts, group_size=8)
+    last = set()
+    for ids, whole in zip(chain(*ended.answers), chain(*free.answers), strict=True):
+        at = next((i for i, token in enumerate(whole) if token in renderer.end_ids), 60)
+        assert ids == whole[: at + 1]
+        last.add(ids[-1])
+    assert {2, 50, 51} <= last
 
 
 @EACH
@@ -681,6 +814,10 @@ def test_judge_reads_the_label_where_the_model_wrote_it(name):
     engine = ScriptedEngine([broken, good, broken[:-1]])
     ended, ok, cut = judge(renderer, engine, records)
     assert engine.sequences == [[*renderer.prompts(records)[0], *broken[:-1], *renderer.opening]] * 2
+    traces = [renderer.parse(ids) for ids in engine.answers]
+    logits_NY = grm.read_labels(renderer, engine, [[]] * 3, engine.answers, engine.written, traces)
+    rows = [engine.next[0], engine.written[1][traces[1].steps[-1].label_at], engine.next[1]]
+    assert torch.equal(logits_NY, torch.stack(rows)) and renderer.read_ids == renderer.label_ids
     check_probs(ended, engine.next[0])
     check_probs(ok, engine.written[1][renderer.parse(good).steps[-1].label_at])
     check_probs(cut, engine.next[1])
@@ -746,12 +883,15 @@ def score(tmp_path, trained, monkeypatch):
 def test_score_resumes_as_if_never_stopped(score, tmp_path, capsys):
     """Lines lost, doubled or glued to half a line after a stop, or numbers that tell: another batch is rounded otherwise."""
     out, partial, its_settings = (tmp_path / f"out.jsonl{end}" for end in ("", ".partial", ".partial.json"))
-    assert score() is None and "7 pairs, 7 malformed" in capsys.readouterr().out
+    assert score() is None
+    shown, scores = capsys.readouterr().out, json.loads((tmp_path / "out.jsonl.metrics.json").read_text())
+    assert "7 pairs, 7 malformed" in shown and re.search(r"macro-F1.*\nmodel +in +0\.000", shown)
+    assert scores["malformed"] == 1 and np.sum(scores["confusion"]["counts"]) == 7
     for pair, result in zip(lines(tmp_path / "in.jsonl"), lines(out), strict=True):
         assert result["gold"] == pair["label"] and result["label"] is None and result["well_formed"] is False
         assert all(result[name] == pair[name] for name in ("id", "query", "document", "step_labels", "where"))
         assert sum(result["probs"].values()) == pytest.approx(1.0) and "answer" not in result
-    whole = out.read_bytes()
+    whole, made = out.read_bytes(), ["out.jsonl", "out.jsonl.metrics.json"]
     out.unlink()
     assert "stopped; the same command goes on" in score(batches=2)
     written, settings = partial.read_bytes(), its_settings.read_bytes()
@@ -760,7 +900,7 @@ def test_score_resumes_as_if_never_stopped(score, tmp_path, capsys):
         partial.write_bytes(kept)
         its_settings.write_bytes(settings)
         assert score(batches=left) is None  # what is done is not done again
-        assert out.read_bytes() == whole and sorted(p.name for p in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]
+        assert out.read_bytes() == whole and sorted(p.name for p in tmp_path.iterdir()) == ["in.jsonl", *made]
         out.unlink()
 
 
@@ -769,16 +909,16 @@ def test_score_refuses_to_mix_or_overwrite(score, tmp_path):
     path, out, partial = (tmp_path / name for name in ("in.jsonl", "out.jsonl", "out.jsonl.partial"))
     assert "stopped; the same command goes on" in score(batches=2)
     pairs, before = path.read_bytes(), partial.read_bytes()
-    for its_pairs, results, changes in (
-        (pairs, before, {"batch_size": 3}),
-        (pairs, before, {"max_new_tokens": 4}),
-        (pairs.replace(b'"document": "', b'"document": "other ', 1), before, {}),
-        (b"".join(pairs.splitlines(keepends=True)[:3]), before, {}),
-        (pairs, before.replace(b'"grade"', b'"grade', 1), {}),
+    for its_pairs, results, changes, what in (
+        (pairs, before, {"batch_size": 3}, "--batch_size 2"),
+        (pairs, before, {"max_new_tokens": 4}, "--max_new_tokens 3"),
+        (pairs.replace(b'"document": "', b'"document": "my ', 1), before, {}, "other pairs"),
+        (b"".join(pairs.splitlines(keepends=True)[:3]), before, {}, "other pairs"),
+        (pairs, before.replace(b'"grade"', b'"grade', 1), {}, "other pairs"),
     ):
         path.write_bytes(its_pairs)
         partial.write_bytes(results)
-        assert f"{partial}: of other settings or pairs; delete it" in score(**changes)
+        assert f"{partial}: was begun with {what}; delete it" in score(**changes)
         assert partial.read_bytes() == results and not out.exists()
     out.write_text("mine")
     assert "exists; delete it or choose another name" in score() and out.read_text() == "mine"
@@ -794,27 +934,50 @@ def test_answers_are_as_long_as_the_model_was_trained_to_give(score, trained, tm
         assert max(map(len, make_renderer("words").tokenizer(answers).input_ids)) == length
 
 
-def test_score_names_bad_input_before_any_work(score, tmp_path):
+def test_score_names_bad_input_before_any_work(score, tmp_path, monkeypatch):
     """Hours of scoring that end at a bad line; an empty result that looks complete, or a traceback out of range()."""
     path = tmp_path / "in.jsonl"
     good, too_long = path.read_text(), json.dumps({"query": "winter " * 500, "document": "d"})
-    for bad, message in (("{", "Expecting property name"), (too_long, "criteria, query and answer leave the document no room")):
+    strange = json.dumps({"query": "winter", "document": "zebras winter " * 20})
+    no_room = "in.jsonl:8: criteria, query and answer leave the document no room"
+    for bad, message in (
+        ("{", "in.jsonl:8: is no JSON: Expecting property name"),
+        (too_long, no_room),
+        (strange, r"its tokenizer does not know .*% of the words, such as \['zebras', .*; choose a model"),
+    ):
         path.write_text(good + bad)
-        assert f"in.jsonl:8: {message}" in score(batches=0)
+        assert re.search(message, score(batches=0))
+    path.write_text(good)
+    monkeypatch.setattr(rollout, "check_model", lambda model, position: 1 / (position - 3 - longest))
+    longest = max(map(len, notes_files()[2].prompts(lines(path))))
+    with pytest.raises(ZeroDivisionError):  # the model is checked up to the longest answer's end
+        score(batches=0)
     assert "must be at least 1" in score(batch_size=0) and "must be at least 1" in score(max_new_tokens=0)
     assert [*tmp_path.iterdir()] == [path]
+
+
+def test_weights_that_are_not_finite(score, trained, tmp_path):
+    """Index 2047 is out of bounds, or malformed answers: a diverged model says so, in a line."""
+    model = shutil.copytree(trained, tmp_path / "model")
+    edit_tensor(model, "model.norm.weight", torch.full([128], math.nan))
+    assert score(model=model) == "the model's logits are not finite: its weights have diverged"
+    engine = rollout.Engine(rollout.use_tree_attention(load_model(model)[0]), 2, [], 3)
+    with pytest.raises(FloatingPointError, match="weights have diverged"):
+        engine.sample([[1, 5, 6]])
 
 
 def test_score_keeps_what_it_is_given(score, tmp_path, capsys):
     """The model's own label taken for the gold one; a lone surrogate in a field, which is no UTF-8 and ends the run midway."""
     fields = {'"label": "3", "gold": "1"': "1", '"label": "3"': "3", '"gold": 7': 7, '"label": null, "note": "\\ud800"': None}
     for i, (field, gold) in enumerate(fields.items()):
-        (tmp_path / "in.jsonl").write_text(f'{{"query": "winter 咖啡", "document": "kids \\u2028 in tokyo", {field}}}\n')
+        (tmp_path / "in.jsonl").write_text(f'{{"query": "winter 咖啡", "document": "\\u2028 in{" kids" * 40}", {field}}}\n')
         assert score("--explain", out=tmp_path / f"{i}.jsonl") is None
         (result,) = lines(tmp_path / f"{i}.jsonl")
         assert result["query"] == "winter 咖啡" and result.get("gold") == gold
         assert result["problem"] == "not ended" and result["answer"] and result["steps"] == []
-        assert ("accuracy" in capsys.readouterr().out) == (gold in GRADES)
+        shown = capsys.readouterr().out
+        assert ("accuracy" in shown) == (gold in GRADES) == (tmp_path / f"{i}.jsonl.metrics.json").exists()
+        assert re.search(r"warning: .* does not know 2\.\d% of the words, such as \['咖啡'\]", shown)  # few: only said
     assert result["note"] == "\ud800"
 
 
@@ -822,11 +985,11 @@ def test_a_model_knows_what_it_was_trained_for(trained, tmp_path, monkeypatch):
     """Its folder's criteria serve where --task is not given; a task of another format is refused, other criteria are not."""
     model, task = shutil.copytree(trained, tmp_path / "model"), Task.load(NOTES)
     judged = lambda *more: run(monkeypatch, "judge", "--model", model, "--max_new_tokens", 2, *more, "winter", "kids")
-    assert re.search("criteria.md.* --task", judged())
+    assert re.search(r"criteria.md: No such file.* \(--task\)", judged())
     task.save(model)
     replace(task, criteria="Anything with \\boxed{grade}.").save(tmp_path)
     assert judged() is None and judged("--task", tmp_path) is None
-    for name, other in (("format", "answer-first"), ("steps", ["topic", "promotion"]), ("labels", [*GRADES, "4"])):
+    for name, other in (("format", "answer-first"), ("steps", ["topic", "promotion"]), ("labels", ["-2", *GRADES])):
         replace(task, **{name: other}).save(tmp_path)
         assert re.search(rf"model: was trained for .*{name}", judged("--task", tmp_path))
 
@@ -836,10 +999,14 @@ def test_judge_prints_the_steps_and_the_distribution(monkeypatch, capsys):
     renderer = make_renderer("words")
     ids = renderer.encode_response(answer("3", "2", "-1"))
     engine = ScriptedEngine([ids])
+    engine.model, engine.max_new_tokens = "its model", 9
+    checked = [("its model", len(renderer.prompt("winter", "kids")) + 9)]
+    monkeypatch.setattr(rollout, "check_model", lambda *args: checked.remove(args))
     probs = torch.tensor([0.25, 0.5, 0.125, 0.125, 0.0])
     engine.written[0][renderer.parse(ids).steps[-1].label_at] = probs.log()
     monkeypatch.setattr(grm, "load_judge", lambda *args: (renderer, engine))
-    assert run(monkeypatch, "judge", "--model", "m", "winter", "kids") is None
+    assert "does not know 100.0% of the words" in run(monkeypatch, "judge", "--model", "m", "q", "d")
+    assert run(monkeypatch, "judge", "--model", "m", "winter", "kids") is None and not checked
     shown = capsys.readouterr().out.splitlines()
     for line, name, text in zip(shown[:3], renderer.task.steps, ("topic", "the winter", "a winter"), strict=True):
         assert re.fullmatch(rf" *{name} \| {text} \\boxed ?{{.*}}", line), line
@@ -852,7 +1019,7 @@ def test_copied_alone(tmp_path, trained):
     for name in ("grm.py", "rollout.py", "parallel.py"):
         shutil.copy(ROOT / name, tmp_path)
     clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "grm.py", "judge", f"--model={trained}", f"--task={NOTES}", "--max_new_tokens=2", "q", "d"]
+    command = [sys.executable, "grm.py", "judge", f"--model={trained}", f"--task={NOTES}", "--max_new_tokens=2", "kids", "kids"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=clean)
     assert done.returncode == 0 and done.stdout.startswith("malformed answer (not ended)"), done.stderr
     nodes = ast.parse((tmp_path / "grm.py").read_text()).body  # not those in functions

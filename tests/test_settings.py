@@ -74,6 +74,7 @@ def run(monkeypatch, module, out, settings):
     monkeypatch.setattr(rollout, "sample", noisy)
     monkeypatch.setattr(train, "draw_curves", lambda out: None)
     monkeypatch.setattr(module, "evaluate", lambda *args: {})
+    monkeypatch.setattr(rollout, "check_model", lambda *args: None)
     monkeypatch.setattr("sys.argv", ["x.py", f"--out={out}", *(f"--{name}={value}" for name, value in settings.items())])
     module.main()
     logged = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
@@ -182,16 +183,45 @@ def test_the_sampling_model_follows_the_master_weights(task, tmp_path, monkeypat
         assert torch.equal(ours, theirs.to(torch.bfloat16))
 
 
-def test_settings_of_the_file(tmp_path, capsys):
+def test_settings_of_the_file(tmp_path, capsys, monkeypatch):
     """A setting of TASK/train.json that beats the command line's, or has no effect, or fails hours later, without its place."""
     (tmp_path / "train.json").write_text('{"lr": 0.1, "rl_steps": 7, "normalize_std": false}')
-    config = grm.parse_settings(train.Config, "train.json", [f"--task={tmp_path}", "--lr=0.5"])
+    parse = lambda *flags: grm.parse_settings(train.Config, "train.json", [f"--task={tmp_path}", *flags])
+    config = parse("--lr=0.5", "--keep=2")
     assert config == train.Config(task=str(tmp_path), lr=0.5, rl_steps=7, normalize_std=False)
-    for text, message in ('{"lrr": 1}', "unrecognized arguments: --lrr=1"), ('{"lr": "fast"}', "argument --lr: invalid float"):
+    # A run's first lines: what is not the default, and who says so.
+    said = f"--rl_steps 7 --normalize_std False  ({tmp_path}/train.json)\n--task {tmp_path} --lr 0.5  (the command line)\n"
+    assert capsys.readouterr().out == said
+    with monkeypatch.context() as patched:
+        patched.setenv("RANK", "1")
+        parse()
+    assert capsys.readouterr().out == ""
+    for text, message in ('{"lrr": 1}', "unrecognized arguments: --lrr=1"), ('{"lr": [1]}', "argument --lr: invalid float"):
         (tmp_path / "train.json").write_text(text)
         with pytest.raises(SystemExit):
-            grm.parse_settings(train.Config, "train.json", [f"--task={tmp_path}"])
+            parse()
         assert f"{tmp_path}/train.json: error: {message}" in capsys.readouterr().err
-    (tmp_path / "train.json").write_text("[1]")
-    with pytest.raises(grm.TaskError, match=f"{tmp_path}/train.json: must be a JSON object"):
-        grm.parse_settings(train.Config, "train.json", [f"--task={tmp_path}"])
+    for text, message in (
+        ("[1]", "must be a JSON object, {setting: value}"),
+        ('{"lr": 1', "is no JSON: "),
+        ('{"rl_steps": "3"}', "rl_steps must be without quotes, not '3'"),
+    ):
+        (tmp_path / "train.json").write_text(text)
+        with pytest.raises(grm.TaskError, match=f"^{tmp_path}/train.json: {message}"):
+            parse()
+
+
+@pytest.mark.parametrize(("flag", "message"), [
+    ("--group_size=1", "must be at least 2"),
+    ("--prompts_per_step=0", "must be at least 1"),
+    ("--sft_batch=0", "must be at least 1"),
+    ("--temperature=0", "must be at least 0.001"),
+    ("--lr=0", "must be at least 1e-12"),
+    ("--sft_lr=0.0", "must be at least 1e-12"),
+    ("--rl_steps=-1", "must not be negative, and is -1"),
+    ("--kl_coef=-0.5", "must not be negative, and is -0.5"),
+])  # fmt: skip
+def test_limits_of_settings(tmp_path, flag, message):
+    """A run of nothing, a division by zero, a gradient upwards, or a message that leaves open which of two it was."""
+    with pytest.raises(grm.TaskError, match=f"^{flag.partition('=')[0]}: {message}$"):
+        grm.parse_settings(train.Config, "train.json", [f"--task={tmp_path}", flag])

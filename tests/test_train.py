@@ -78,6 +78,7 @@ def test_torchrun_writes_everything(task, tmp_path):
     """`torchrun train.py` as a user starts it; every file that the README promises is there and can be read. A file saved by an
     editor on Windows is as good as another."""
     out, criteria = tmp_path / "run", grm.Task.load(task).criteria
+    (task / "model" / "generation_config.json").write_text('{"eos_token_id": [2, 7]}')
     for path in (task / "criteria.md", task / "train.jsonl"):
         path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
     command = [sys.executable, "-m", "torch.distributed.run", ROOT / "train.py", "--task", task, "--out", out, *SMALL]
@@ -94,12 +95,17 @@ def test_torchrun_writes_everything(task, tmp_path):
     assert {*watched.split(), "entropy", "mismatch", "clipped", "grad_norm", "approx_kl"} <= set(metrics[-1])
     assert not any(key.endswith("_s") for r in metrics for key in r), "what a clock decides belongs into timing.jsonl"
     assert {"sampling_s", "update_s", "evaluation_s"} <= {key for r in timing for key in r}
-    assert len(lines(out / "samples.jsonl")) == 2 and (out / "curves.png").read_bytes().startswith(b"\x89PNG")
+    samples, pair = lines(out / "samples.jsonl"), {"query", "document", "label", "step_labels"}
+    assert [set(row) - pair for row in samples] == [{"step", "answer", "problem", "reward", "advantage", "steps"}] * 2
+    assert len(samples[0]["step_labels"]) == 3 and (out / "curves.png").read_bytes().startswith(b"\x89PNG")
     summary = json.loads((out / "summary.json").read_text())
-    assert set(summary) == {"sft", "rl"} and set(summary["rl"]) == {"test_random", "test_longtail"}
+    assert set(summary) == {"sft", "before_rl", "rl"} and set(summary["rl"]) == {"test_random", "test_longtail"}
+    assert summary["before_rl"] == {name: metrics[4][name] for name in ("reward", "malformed", "frac_zero_std")}
+    assert "warning: most answers are malformed ([('" in done.stdout and "before_rl" not in done.stdout
     for name in ("sft", "model"):
         model = AutoModelForCausalLM.from_pretrained(out / name)
-        assert (model.generation_config.eos_token_id, model.generation_config.max_new_tokens) == (2, 56)
+        assert (model.generation_config.eos_token_id, model.generation_config.max_new_tokens) == ([2, 7], 56)
+        assert len({path.stat().st_mode for path in (out / name).iterdir()}) == 1  # weights 0600: for their owner alone
         assert "assistant" in AutoTokenizer.from_pretrained(out / name).chat_template
         assert "tree" not in (out / name / "config.json").read_text(), "the export must not ask for our attention"
         assert grm.Task.load(out / name).criteria == criteria
@@ -124,7 +130,7 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(task, tmp_path, monkeypatch, ca
     for owner, name, number, reached in (
         (parallel.Run, "optimizer_step", 2, "sft step 2"),
         (grm, "judge", 2, "rl step 1"),  # evaluating what SFT gave
-        (rollout, "uniforms", 1, "rl step 2"),  # sampling
+        (rollout, "uniforms", 2, "rl step 2"),  # sampling, behind the model's check
         (grm, "judge", 1, "rl step 3"),  # evaluating on the way
     ):
         stop_in(owner, name, number, lambda: signal.raise_signal(signal.SIGTERM))
@@ -172,7 +178,7 @@ def test_rule_auto_and_rules_that_need_no_step_labels(task, tmp_path, monkeypatc
     run(monkeypatch, task, tmp_path / "out", "--sft_steps=0", "--rl_steps=1", f"--rule={rule}", "--eval_every=0")
     assert json.loads((tmp_path / "out" / "config.json").read_text())["rule"] == came_to and used == [came_to]
     assert counted == ([3 * 2] if came_to == "sam" else [])
-    assert json.loads((tmp_path / "out" / "summary.json").read_text()).keys() == {"rl"}
+    assert json.loads((tmp_path / "out" / "summary.json").read_text()).keys() == {"before_rl", "rl"}
 
 
 def test_pictures_that_fail_lose_nothing(task, tmp_path, monkeypatch):
@@ -186,7 +192,8 @@ def test_pictures_that_fail_lose_nothing(task, tmp_path, monkeypatch):
     monkeypatch.setattr(parallel.Run, "optimizer_step", None)
     run(monkeypatch, task, out, "--rl_steps=1")
     assert (out / "metrics.jsonl").read_bytes() == metrics
-    assert json.loads((out / "summary.json").read_text()).keys() == {"start", "rl"} and (out / "curves.png").exists()
+    assert json.loads((out / "summary.json").read_text()).keys() == {"start", "before_rl", "rl"}
+    assert (out / "curves.png").exists()
 
 
 def test_checkpoints_come_every_ten_minutes(task, tmp_path, monkeypatch):
@@ -221,18 +228,58 @@ def test_rl_raises_the_reward(task, tmp_path, monkeypatch):
     answer_first(task)
     flags = ["--sft_steps=60", "--sft_lr=2e-3", "--rl_steps=30", "--lr=1e-3", "--group_size=8", "--prompts_per_step=4"]
     run(monkeypatch, task, tmp_path / "a", *flags, "--sft_batch=8", "--eval_every=0")
-    rewards = [r["reward"] for r in lines(tmp_path / "a" / "metrics.jsonl") if r["stage"] == "rl"]
+    steps = {r["step"]: r for r in lines(tmp_path / "a" / "metrics.jsonl") if r["stage"] == "rl"}
+    rewards = [r["reward"] for r in steps.values()]
+    samples = lines(tmp_path / "a" / "samples.jsonl")
+    assert [row["step"] for row in samples] == [1, 1, 11, 11, 21, 21]
+    for best, worst in zip(samples[::2], samples[1::2], strict=True):  # of a group with a signal, if there is one
+        signal_there = steps[best["step"]]["frac_zero_std"] < 1
+        assert (best["advantage"] > 0 > worst["advantage"], best["reward"] > worst["reward"]) == (signal_there,) * 2
+        assert best["steps"][0]["credit"] == best["advantage"]
     assert rewards[0] < 0.8 and rewards[-1] > 0.95
     assert json.loads((tmp_path / "a" / "summary.json").read_text())["rl"]["test_random"]["accuracy"] == 1.0
 
 
+def test_chances_before_rl(capsys):
+    """Hours of RL on answers that are all malformed, or all right, and exit code 0. The cause is named; the run goes on."""
+    traces = [[grm.Trace(problem="not ended")] * 3 + [grm.Trace(problem="missing boxes"), grm.Trace(label="1")]]
+    for malformed, zero_std, message in (
+        (0.8, 1.0, r"warning: most answers are malformed \(\[\('not ended', 3\), .*--sft_steps.*--sft_lr.*--max_new_tokens"),
+        (0.5, 0.96, r"warning: in nearly all groups all answers are right, or all are wrong: .*--temperature"),
+        (0.5, 0.95, None),
+    ):
+        figures = {"reward": 0.25, "malformed": malformed, "frac_zero_std": zero_std}
+        assert train.chances(figures | {"loss": 1.0}, traces) == figures
+        first, *more = capsys.readouterr().out.splitlines()
+        assert first == f"reward 0.25, malformed {malformed:.2f}, frac_zero_std {zero_std:.2f}"
+        assert re.match(message, *more) if message else not more
+
+
+def test_doubtful_settings_are_said(capsys):
+    """Fresh weights at the rates of pretrained ones, which leave them as they are; pretrained ones at the rates of fresh ones,
+    broken in a step; a router that is thought to be trained."""
+    for model, rates, moe, said in (
+        (NOTES / "model", (1e-5, 1e-6), {}, [r"--sft_lr 1e-05: fresh", "--lr 1e-06: fresh weights hardly learn"]),
+        (NOTES / "model", (1.5e-3, 2e-4), {"router_aux_loss_coef": 0.0}, []),
+        ("Qwen/Qwen3-0.6B", (1.5e-3, 2e-4), {}, ["--sft_lr 0.0015 may", "--lr 0.0002 may break pretrained weights"]),
+        ("Qwen/Qwen3-0.6B", (1e-5, 1e-6), {"router_aux_loss_coef": 0.001}, ["router's balancing loss is not trained"]),
+    ):
+        train.check_settings(train.Config(model=str(model), sft_lr=rates[0], lr=rates[1]), SimpleNamespace(**moe))
+        shown = capsys.readouterr().out.splitlines()
+        assert len(shown) == len(said) and all(map(str.__contains__, shown, said)), shown
+
+
+zebras = lambda task: second_line(task, "sft.jsonl", response="topic: zebras " + "\\boxed{1} " * 3)
+unknown = lambda task: [second_line(task, path.name, document="zebras are bold " * 90) for path in task.glob("t*.jsonl")]
 REFUSED = {
+    "unknown words": (unknown, [], r"model: its tokenizer does not know \d+.\d% of the words, such as .*'zebras'"),
+    "unknown word": (zebras, [], r"sft\.jsonl:2: the response cannot be used: the tokenizer does not know \['zebras'\]"),
     "response": (lambda task: second_line(task, "sft.jsonl", response="topic: \\boxed{1}"), [], r"sft\.jsonl:2: .*missing box"),
     "no step labels": (one_unlabelled, ["--rule=symmetric"], r"train\.jsonl:2: no step_labels; use --rule sam"),
     "too long": (lambda task: second_line(task, "train.jsonl", query="ramen " * 500), [], r"train\.jsonl:2: criteria, query"),
     "long response": (unchanged, ["--max_new_tokens=20"], r"sft\.jsonl:\d+: .*more than --max_new_tokens"),
     "sam of answer-first": (answer_first, ["--rule=sam"], "--rule sam: .*none"),
-    "cache too small": (unchanged, ["--cache_tokens=99"], r"cache_tokens \(99\): a group of"),
+    "cache too small": (unchanged, ["--cache_tokens=99"], r"cache_tokens is 99, and a group of"),
     "nothing to learn from": (unlink("sft.jsonl"), ["--rl_steps=0"], "nothing to do.*demonstrations"),
     "no demonstrations": (unlink("sft.jsonl"), ["--sft_coef=1"], r"--sft_coef: .*sft\.jsonl"),
     "no tests": (unlink("test*.jsonl"), [], "no test"),
@@ -247,6 +294,23 @@ def test_bad_input_is_refused_before_work(case, task, tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match=message):
         run(monkeypatch, task, tmp_path / "out", *flags)
     assert not (tmp_path / "out").exists()
+
+
+def test_the_model_is_checked_before_work(task, tmp_path, monkeypatch):
+    """At the longest position of the run; one that the tree computes wrongly is refused in a line, before OUT is made."""
+    checked = []
+
+    def refuse(model, position):
+        checked.append(position)
+        raise rollout.UnsupportedModelError("apart by 0.5")
+
+    monkeypatch.setattr(rollout, "check_model", refuse)
+    second_line(task, "test_longtail.jsonl", document="winter " * 200)
+    with pytest.raises(SystemExit, match=r"^apart by 0\.5$"):
+        run(monkeypatch, task, tmp_path / "out")
+    renderer = grm.Renderer(grm.Task.load(task), AutoTokenizer.from_pretrained(task / "model"))
+    longest = max(len(prompt) for path in task.glob("*.jsonl") for prompt in renderer.prompts(lines(path)))
+    assert checked == [longest + 56] and not (tmp_path / "out").exists()
 
 
 def test_help_can_be_formatted(capsys):
@@ -303,7 +367,7 @@ def test_an_exported_model_reloads(task, tmp_path, architecture):
     for p in expected.parameters():
         p.data = p.data.bfloat16().float()
     tokenizer = AutoTokenizer.from_pretrained(task / "model")
-    renderer = SimpleNamespace(tokenizer=tokenizer, eos_id=2, task=grm.Task.load(task))
+    renderer = SimpleNamespace(tokenizer=tokenizer, end_ids=[2], task=grm.Task.load(task))
     policy = parallel.shard(rollout.Policy(model), ranks, bf16=True)
     train.export(policy, renderer, tmp_path / "model", 56, torch.bfloat16, ranks)
     (path,) = (tmp_path / "model").glob("*.safetensors")
