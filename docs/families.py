@@ -48,7 +48,7 @@ def shrink(old):
     listed = {k for k, v in lists.items() if depth < 3 or v != sorted(set(v))}  # no layer numbers
     kinds = [tuple(old[name][i] for name in listed) for i in range(depth)]
     kept = [i for i in range(depth) if kinds[i] not in kinds[:i]] * 2
-    sizes = {"kv_shared_layers": len(kept) // 2, layers: len(kept), **SIZES}
+    sizes = {"kv_shared_layers": len(kept) // 2, **SIZES}
     if "kv_lora_rank" in old:  # heads that share a compressed key are in no groups
         sizes = {"value_heads": SIZES["heads$|n_head$"], **sizes}
     new = {}
@@ -60,6 +60,8 @@ def shrink(old):
             value = shrink(value)
         elif name in listed:
             value = [value[i] for i in kept]
+        elif re.fullmatch(layers, name) and value:
+            value = len(kept)
         elif type(value) is int:
             most = (size for pattern, size in sizes.items() if re.search(pattern, name))
             value = min(value, next(most, value))
@@ -96,15 +98,20 @@ def load(source):
 
 def verdict(models, max_position=None):
     """(whether they agree, the largest difference and up to which length, or why not)."""
-    context = getattr(models[0].config.get_text_config(), "max_position_embeddings", None)
+    config = models[0].config.get_text_config()
+    length = max_position or getattr(config, "max_position_embeddings", None) or 1
     up_to = ""
-    for length in [max_position] if max_position else [context or 100, 100]:
+    while True:
         try:
-            return True, f"{max(rollout.check_model(m, length) for m in models):.1e}{up_to}"
+            largest = max(rollout.check_model(model, length) for model in models)
         except rollout.UnsupportedModelError as error:
-            reason = str(error)
-            up_to = f", up to {n[1]} tokens" if (n := re.search(r"behind (\d+) tokens", reason)) else ""
-    return False, reason
+            shorter = re.search(r"behind (\d+) tokens", str(error))
+            if shorter is None or max_position:
+                return False, str(error)
+            length = int(shorter[1])
+            up_to = f", up to {length} tokens"
+        else:
+            return True, f"{largest:.1e}{up_to}"
 
 
 def variants(settings):
@@ -188,7 +195,7 @@ def main():
             agrees, what = verdict(load(source), args.max_position)
             word = "agrees" if agrees else "refused"
         except Exception as error:  # whatever a broken or foreign file makes the libraries raise
-            agrees, word, what = False, "cannot be loaded", str(error).partition("\n")[0]
+            agrees, word, what = False, "cannot be loaded", " ".join(str(error).split())
         print(f"{source}: {word}: {what}")
         failed |= not agrees
     sys.exit(failed)
