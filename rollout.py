@@ -235,14 +235,16 @@ def tree_attention(
     a keyword argument.
     """
     if tree is None:
-        raise ValueError("tree attention: call the model by rollout.sample or rollout.Policy")
-    window = kwargs.get("sliding_window")
-    is_short = window and window < tree.max_position
-    if dropout or is_short or kwargs.get("softcap") or kwargs.get("s_aux") is not None:
-        raise UnsupportedModelError(
-            f"{type(module).__name__}: dropout, soft-capping, sinks and a sliding window "
-            "are not supported"
-        )
+        what = "call the model by rollout.sample or rollout.Policy; or it hands no keywords down"
+        raise ValueError(f"tree attention: {what}")
+    window = kwargs.get("sliding_window") or 0
+    asked = {**kwargs, "attention_mask": attention_mask, "dropout": dropout}
+    asked["sliding_window"] = 0 < window < tree.max_position
+    # Soft-capping, sinks, a mask of the layer's own: whatever else it asks for would be left out.
+    left_out = {name for name, value in asked.items() if isinstance(value, torch.Tensor) or value}
+    if left_out := sorted(left_out - {"position_ids", "is_causal"}):
+        what = f"tree attention has no {' and no '.join(left_out)}"
+        raise UnsupportedModelError(f"{type(module).__name__}: {what}")
     head_size = value.shape[-1]
     if on_cuda(value) and (value.dtype == torch.float32 or head_size not in range(8, 257, 8)):
         raise UnsupportedModelError(
@@ -290,7 +292,6 @@ def use_tree_attention(model):
 MOST_APART = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.1}
 
 
-@torch.no_grad()
 def check_model(model, max_position):
     """Run a model, in eval mode, with and without the tree: the logits of some sampled tokens must
     agree, in sampling and in training. Leaves it under tree attention.
@@ -301,19 +302,38 @@ def check_model(model, max_position):
     """
     name = type(use_tree_attention(model)).__name__
     config = model.config.get_text_config()
-    rope = getattr(config, "rope_parameters", None) or {}
     reach = [getattr(config, x, None) for x in ("sliding_window", "attention_chunk_size")]
-    if rope.get("rope_type") in ("dynamic", "longrope"):  # which depends on the whole batch
-        original = rope.get("original_max_position_embeddings")
-        reach.append(original or config.max_position_embeddings)
+    rope = getattr(config, "rope_parameters", None) or {}  # one, or one for each kind of layer
+    for part in [rope, *(x for x in rope.values() if isinstance(x, dict))]:
+        if part.get("rope_type") in ("dynamic", "longrope"):  # which depends on the whole batch
+            original = part.get("original_max_position_embeddings")
+            reach.append(original or config.max_position_embeddings)
     if (least := min(filter(None, reach), default=max_position)) < max_position:
         raise UnsupportedModelError(
             f"{name}: its attention changes behind {least} tokens; the longest sequence has "
             f"{max_position}"
         )
-    # Two prompts with a common prefix, and two answers each, of four tokens (no id is -1).
+    try:
+        sampling, training = _apart(model, config.vocab_size)
+    except UnsupportedModelError:
+        raise
+    except Exception as error:  # whatever a model's own code makes of the packed tree
+        raise UnsupportedModelError(f"{name}: fails under tree attention: {error}") from error
+    if max(sampling, training) > MOST_APART[model.dtype]:
+        raise UnsupportedModelError(
+            f"{name}: under tree attention its logits are others: apart by {sampling:.1e} in "
+            f"sampling and {training:.1e} in training, of their norm"
+        )
+    return max(sampling, training)
+
+
+@torch.no_grad()
+def _apart(model, vocab_size):
+    """How far the logits of some tokens, in sampling and in training, are from the plain model's:
+    two prompts with a common prefix, and two answers each, of four tokens (no id is -1).
+    """
     draw = np.random.default_rng(0)
-    prefix, *ends = (draw.integers(config.vocab_size, size=n).tolist() for n in (5, 3, 6))
+    prefix, *ends = (draw.integers(vocab_size, size=n).tolist() for n in (5, 3, 6))
     prompts = [prefix + end for end in ends]
     settings = {"group_size": 2, "max_new_tokens": 4, "eos_id": -1}
     head = model.get_output_embeddings()
@@ -334,13 +354,7 @@ def check_model(model, max_position):
     apart = [((x - plain_AV).norm(dim=-1) / plain_AV.norm(dim=-1)).nan_to_num(9.0) for x in ours]
     # In half precision trained models answer chaotically at single tokens.
     largest = torch.max if model.dtype == torch.float32 else torch.median
-    sampling, training = (largest(apart_A).item() for apart_A in apart)
-    if max(sampling, training) > MOST_APART[model.dtype]:
-        raise UnsupportedModelError(
-            f"{name}: under tree attention its logits are others: apart by {sampling:.1e} in "
-            f"sampling and {training:.1e} in training, of their norm"
-        )
-    return max(sampling, training)
+    return [largest(apart_A).item() for apart_A in apart]
 
 
 # The packed tree ----------------------------------------------------------------------------------
@@ -753,7 +767,7 @@ def sample(
     """
     if eos_id is None or model.training:
         raise ValueError("sampling needs an eos_id, and the model in eval mode")
-    context = model.config.max_position_embeddings
+    context = model.config.get_text_config().max_position_embeddings
     need = max(map(len, prompts)) + max_new_tokens
     if need > context:
         raise ValueError(f"prompt and answer need {need} tokens, the context has {context}")
