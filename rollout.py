@@ -292,6 +292,7 @@ def use_tree_attention(model):
 MOST_APART = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.1}
 
 
+@torch.no_grad()
 def check_model(model, max_position):
     """Run a model, in eval mode, with and without the tree: the logits of some sampled tokens must
     agree, in sampling and in training. Leaves it under tree attention.
@@ -313,48 +314,43 @@ def check_model(model, max_position):
             f"{name}: its attention changes behind {least} tokens; the longest sequence has "
             f"{max_position}"
         )
-    try:
-        sampling, training = _apart(model, config.vocab_size)
-    except UnsupportedModelError:
-        raise
-    except Exception as error:  # whatever a model's own code makes of the packed tree
-        raise UnsupportedModelError(f"{name}: fails under tree attention: {error}") from error
-    if max(sampling, training) > MOST_APART[model.dtype]:
-        raise UnsupportedModelError(
-            f"{name}: under tree attention its logits are others: apart by {sampling:.1e} in "
-            f"sampling and {training:.1e} in training, of their norm"
-        )
-    return max(sampling, training)
-
-
-@torch.no_grad()
-def _apart(model, vocab_size):
-    """How far the logits of some tokens, in sampling and in training, are from the plain model's:
-    two prompts with a common prefix, and two answers each, of four tokens (no id is -1).
-    """
+    # Two prompts with a common prefix, and two answers each, of four tokens (no id is -1).
     draw = np.random.default_rng(0)
-    prefix, *ends = (draw.integers(vocab_size, size=n).tolist() for n in (5, 3, 6))
+    prefix, *ends = (draw.integers(config.vocab_size, size=n).tolist() for n in (5, 3, 6))
     prompts = [prefix + end for end in ends]
     settings = {"group_size": 2, "max_new_tokens": 4, "eos_id": -1}
     head = model.get_output_embeddings()
-    plain = []
     # Large logits, as of a trained model, so that soft-capping behind the head shows.
-    with head.register_forward_hook(lambda module, inputs, output: 100 * output):
+    hook = head.register_forward_hook(lambda module, inputs, output: 100 * output)
+    try:
         sampled = sample(model, prompts, **settings, label_ids=range(head.out_features))
         trained_AV = head(answer_hidden(model, Tree(prompts, sampled.answers, model.device)))
         model.set_attn_implementation("eager")
+        plain = []
         for prompt, group in zip(prompts, sampled.answers, strict=True):
             for answer in group:
                 ids = torch.tensor([prompt + answer[:-1]], device=model.device)
                 plain.append(model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 :])
-    use_tree_attention(model)
+    except UnsupportedModelError:
+        raise
+    except Exception as error:  # whatever a model's own code makes of the packed tree
+        raise UnsupportedModelError(f"{name}: fails under tree attention: {error}") from error
+    finally:
+        hook.remove()
+        use_tree_attention(model)
     # Centred: probabilities do not depend on a row's mean.
     logits = (torch.cat(plain), sampled.label_logits_AY, trained_AV)
     plain_AV, *ours = (x.float() - x.float().mean(-1, keepdim=True) for x in logits)
     apart = [((x - plain_AV).norm(dim=-1) / plain_AV.norm(dim=-1)).nan_to_num(9.0) for x in ours]
     # In half precision trained models answer chaotically at single tokens.
     largest = torch.max if model.dtype == torch.float32 else torch.median
-    return [largest(apart_A).item() for apart_A in apart]
+    sampling, training = (largest(apart_A).item() for apart_A in apart)
+    if max(sampling, training) > MOST_APART[model.dtype]:
+        raise UnsupportedModelError(
+            f"{name}: under tree attention its logits are others: apart by {sampling:.1e} in "
+            f"sampling and {training:.1e} in training, of their norm"
+        )
+    return max(sampling, training)
 
 
 # The packed tree ----------------------------------------------------------------------------------
