@@ -834,7 +834,7 @@ def load_judge(folder, task=None, max_new_tokens=None):
     model, tokenizer = load_model(folder, torch.bfloat16 if device == "cuda" else torch.float32)
     trained = model.generation_config
     max_new_tokens = max_new_tokens or trained.max_new_tokens or 128
-    context = model.config.max_position_embeddings
+    context = model.config.get_text_config().max_position_embeddings
     renderer = Renderer(task, tokenizer, context, max_new_tokens, trained.eos_token_id)
     model = rollout.use_tree_attention(model.to(device))
     return renderer, rollout.Engine(model, renderer.end_ids, renderer.read_ids, max_new_tokens)

@@ -483,7 +483,7 @@ def main():
     ranks = parallel.Ranks(config.timeout, config.sampling_shards)
     task = grm.Task.load(config.task)
     policy, tokenizer = make_policy(config.model, config, ranks)
-    model_config = policy.model.config
+    model_config = policy.model.config.get_text_config()
     context = model_config.max_position_embeddings
     ends = policy.model.generation_config.eos_token_id
     renderer = grm.Renderer(task, tokenizer, context, config.max_new_tokens, ends)
