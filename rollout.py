@@ -331,7 +331,7 @@ def check_model(model, max_position):
             for answer in group:
                 ids = torch.tensor([prompt + answer[:-1]], device=model.device)
                 plain.append(model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 :])
-    except UnsupportedModelError:
+    except (UnsupportedModelError, FloatingPointError):
         raise
     except Exception as error:  # whatever a model's own code makes of the packed tree
         raise UnsupportedModelError(f"{name}: fails under tree attention: {error}") from error
