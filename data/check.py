@@ -123,8 +123,9 @@ def check_pairs(files):
 
 
 def check_with_model(task, config):
-    """Print tokens, a prompt and a demonstration. Raises grm.TaskError for what is refused."""
+    """Print tokens, a prompt and a demonstration. Raises for what train.py refuses."""
     model, tokenizer = grm.load_model(config.model, meta=True)
+    rollout.use_tree_attention(model)
     context = model.config.max_position_embeddings
     print(f"\n{config.model}: context {context:,}, of which {config.max_new_tokens} for the answer")
     renderer = grm.Renderer(task, tokenizer, context, config.max_new_tokens)
@@ -140,7 +141,7 @@ def check_with_model(task, config):
                 f"warning: {name}.jsonl: {unknown:.1%} of its tokens are unknown to the tokenizer"
             )
     print_rows(rows)
-    record = (data.get("sft") or data["train"])[0]
+    record = (data.get("sft") or next(iter(data.values())))[0]
     print(f"\n{renderer.decode(record['prompt_ids'])}")
     if "answer_ids" in record:
         answer = record["answer_ids"]
@@ -191,9 +192,10 @@ def main():
     args = parser.parse_args()
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
+    errors = (grm.TaskError, rollout.UnsupportedModelError, rollout.BudgetError, OSError)
     try:
         check(args.task, args.model)
-    except (grm.TaskError, rollout.BudgetError, OSError) as error:
+    except errors as error:
         sys.exit(str(error))
 
 

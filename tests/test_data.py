@@ -176,7 +176,7 @@ def test_csv_labels_that_are_words(tmp_path, monkeypatch, capsys):
     for flags, message in {
         (): r"labels that are no numbers need --labels.*found: nein \(6\), teilweise \(6\), ja \(5\), Ja \(1\)$",
         ("--labels", "nein", "ja"): "--labels lacks 'teilweise'",
-        ("--labels", *words, "--relevant", "gut"): "relevant must be some of them",
+        ("--labels", *words, "--relevant", "gut"): "relevant must be the last of labels",
     }.items():
         with pytest.raises(SystemExit, match=message):
             from_csv(monkeypatch, path, *COLUMNS, *flags, "--out", tmp_path / "task")
@@ -290,7 +290,7 @@ def test_check(tmp_path, capsys):
             {"test_b": [pair("skiing", "lima", "0", "3", "3") | {"label": "0"}]},
             "1 pairs have a label that is not the one of their step",
         ),
-        ({"test_b": [pair("zebra", "quagga lima", "0", "0", "0")]}, "test_b.jsonl: 66.7% of its tokens are unknown"),
+        ({"test_b": [pair("zebra", "lima " * 60, "0", "0", "0")]}, "test_b.jsonl: 1.6% of its tokens are unknown"),
         ({"test_b": files["train"][:1]}, "1 pairs of test_b.jsonl are in train.jsonl too"),
     ):
         said = check(**changes)[1]
@@ -303,6 +303,8 @@ def test_check(tmp_path, capsys):
     assert next(line for line in out.splitlines() if line.startswith("sft ")).split()[3:8] == ["0", "0", "1", "0", "0"]
     with pytest.raises(grm.TaskError, match=r"sft.jsonl:1: the response cannot be used: missing boxes"):
         check(sft=[demonstration | {"response": "\\boxed{3}"}])
+    with pytest.raises(grm.TaskError, match=r"does not know 4.4% of the words, such as \['zebra', 'quagga'\]"):
+        check(test_b=[pair("zebra", "quagga lima", "0", "0", "0")])
 
 
 def test_check_is_a_command_of_grm(tmp_path, monkeypatch):
