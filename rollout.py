@@ -27,7 +27,7 @@ import os
 import runpy
 import sys
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import accumulate, chain
 from pathlib import Path
 
@@ -36,6 +36,16 @@ import torch
 import torch.nn.attention
 import torch.nn.functional as F
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+COMPILE = True  # on CUDA: small operations into fewer kernels; not under TORCH_COMPILE_DISABLE=1
+torch._dynamo.config.recompile_limit = 64  # for kinds of batches
+compiled = cache(torch.compile)
+
+
+def fused(function, x, *args):
+    """function(x, *args), on CUDA compiled."""
+    return (compiled(function, dynamic=True) if COMPILE and x.is_cuda else function)(x, *args)
+
 
 # Attention: one kernel a segment, merged by log-sum-exp -------------------------------------------
 
@@ -108,12 +118,14 @@ class Slots(Sequences):
     def __init__(self, lengths, width, device):
         super().__init__(lengths, device)
         self.used = self.cu.diff()
+        self.newest = self.used[:1].long() - 1
         self.cu = torch.arange(len(lengths) + 1, dtype=torch.int32, device=device) * width
         self.max_length = width
 
     def grow(self):
         """One more token in each."""
         self.used += 1
+        self.newest += 1
         self.longest += 1
 
     def pad(self, x):
@@ -141,18 +153,29 @@ def attend(q_SHD, parts, scale):
 
     parts: triples (segment, keys, values); keys and values are packed, [C, K, D], or in the
     slots of a cache, [n, W, K, D].
-    Returns the output [S, H, D] and the log-sum-exp [S, H] of the scores, both in float32.
+    Returns the output [S, H, D] and, in float32, the log-sum-exp [S, H] of the scores.
     """
+    results = [(s.rows, *flash(q_SHD[s.rows], k, v, s, scale)) for s, k, v in parts]
+    return fused(merge, q_SHD, results)
+
+
+def merge(q_SHD, results):
+    """Of all segments, from each one's (rows, output, log-sum-exp): exp(lse) is its weight."""
     out_SHD = torch.zeros(q_SHD.shape, device=q_SHD.device)
     lse_SH = torch.full(q_SHD.shape[:2], -torch.inf, device=q_SHD.device)
-    for segment, k, v in parts:
-        rows = segment.rows
-        part, part_lse = flash(q_SHD[rows], k, v, segment, scale)
-        # exp(log-sum-exp) is a segment's weight in the softmax over all.
-        share = torch.sigmoid(part_lse - lse_SH[rows])
+    for rows, part, part_lse in results:
+        share = torch.sigmoid(part_lse - lse_SH[rows])  # of the segments until here
         out_SHD[rows].lerp_(part.float(), share[..., None])
         lse_SH[rows] = torch.logaddexp(lse_SH[rows], part_lse)
-    return out_SHD, lse_SH
+    return out_SHD.to(q_SHD.dtype), lse_SH
+
+
+def add_up(x, parts):
+    """The gradient of x, summed in float32, from each segment's (rows, gradient)."""
+    total = torch.zeros(x.shape, device=x.device)
+    for rows, part in parts:
+        total[rows].add_(part)  # += would copy the rows onto themselves, too
+    return total.to(x.dtype)
 
 
 class PackedAttention(torch.autograd.Function):
@@ -168,7 +191,6 @@ class PackedAttention(torch.autograd.Function):
         """Output [S, H, D] in q's dtype."""
         parts = [(s, k_SKD[s.columns], v_SKD[s.columns]) for s in segments]
         out_SHD, lse_SH = attend(q_SHD, parts, scale)
-        out_SHD = out_SHD.to(q_SHD.dtype)
         ctx.save_for_backward(q_SHD, k_SKD, v_SKD, out_SHD, lse_SH)
         ctx.segments = segments
         ctx.scale = scale
@@ -178,16 +200,15 @@ class PackedAttention(torch.autograd.Function):
     def backward(ctx, grad_SHD):
         """Gradients of queries, keys and values, summed over the segments in float32."""
         q, k, v, out, lse = ctx.saved_tensors
-        grad_q, grad_k, grad_v = (torch.zeros(x.shape, device=x.device) for x in (q, k, v))
+        parts = []
         for segment in ctx.segments:
             rows = segment.rows
             columns = segment.columns
             of_queries = (grad_SHD[rows], q[rows], out[rows], lse[rows])
             dq, dk, dv = flash_backward(*of_queries, k[columns], v[columns], segment, ctx.scale)
-            grad_q[rows] += dq
-            grad_k[columns] += dk
-            grad_v[columns] += dv
-        return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype), None, None
+            parts.append(((rows, dq), (columns, dk), (columns, dv)))
+        of_q, of_k, of_v = zip(*parts, strict=True)
+        return fused(add_up, q, of_q), fused(add_up, k, of_k), fused(add_up, v, of_v), None, None
 
 
 def flash(q_SHD, k, v, segment, scale):
@@ -216,8 +237,7 @@ def flash_backward(grad_SHD, q_SHD, out_SHD, lse_SH, k_CKD, v_CKD, segment, scal
     if on_cuda(q_SHD):
         tensors = (grad_SHD, q_SHD, k_CKD, v_CKD, out_SHD, lse_SH.T.contiguous())
         sizes = (queries.cu, keys.cu, queries.max_length, keys.max_length)
-        # The state of dropout's random generator, which nothing uses.
-        state = (torch.zeros(2, dtype=torch.uint64, device=q_SHD.device), q_SHD.new_empty(0))
+        state = (q_SHD.new_empty(2, dtype=torch.uint64), q_SHD.new_empty(0))  # of dropout: unused
         return _cuda_flash_backward(*tensors, *sizes, 0.0, segment.causal, *state, scale=scale)
     grad, q, out, lse = (queries.pad(x) for x in (grad_SHD, q_SHD, out_SHD, lse_SH))
     tensors = (grad, q, keys.pad(k_CKD), keys.pad(v_CKD), out, lse)
@@ -253,12 +273,11 @@ def tree_attention(
         )
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     # Under autocast, rotary embeddings leave queries and keys in float32, values in bfloat16.
-    q_SHD, k_SKD, v_SKD = (x[0].transpose(0, 1).to(value.dtype) for x in (query, key, value))
-    out_SHD = tree.attend(module.layer_idx, q_SHD, k_SKD, v_SKD, scale)
-    return out_SHD.to(value.dtype)[None], None
+    packed = (x.squeeze(0).transpose(0, 1).to(value.dtype) for x in (query, key, value))
+    return tree.attend(module.layer_idx, *packed, scale)[None], None
 
 
-ALL_ATTENTION_FUNCTIONS.register("tree", tree_attention)
+ALL_ATTENTION_FUNCTIONS.register("tree", torch.compiler.disable(tree_attention))
 
 
 class UnsupportedModelError(ValueError):
@@ -443,6 +462,14 @@ class Tree:
 
 def forward(model, layout):
     """Last hidden states [S, D] of a layout, a Tree or a Decode, as the head takes them."""
+    if COMPILE and layout.input_ids.is_cuda:
+        # Norms, attention, MLPs; not whole layers, since FSDP and checkpointing act around these.
+        layers = getattr(model.base_model, "layers", [])
+        parts = [x for layer in layers for x in layer.children() if not x._compiled_call_impl]
+        if parts and os.environ.get("RANK", "0") == "0":
+            print(f"{type(model).__name__}: the first passes compile", flush=True)
+        for part in parts:
+            part.compile(dynamic=True)
     out = model.base_model(
         input_ids=layout.input_ids,
         position_ids=layout.position_ids,
@@ -463,42 +490,46 @@ def answer_hidden(model, tree):
     return forward(model, tree).index_select(0, tree.predict_A)
 
 
+def chunk_logprobs(hidden_CD, weight_VD, targets_C1, temperature):
+    """Of the targets, and entropies, float32 [C]."""
+    logps_CV = torch.log_softmax((hidden_CD @ weight_VD.T).float() / temperature, -1)
+    return logps_CV.gather(1, targets_C1)[:, 0], -logps_CV.exp().mul_(logps_CV).sum(-1)
+
+
+def chunk_gradient(hidden_CD, weight_VD, targets_C1, grad_C1, temperature):
+    """Of the logits, [C, V]: d logprob / d logits = one_hot(target) - softmax(logits)."""
+    probs_CV = torch.softmax((hidden_CD @ weight_VD.T).float() / temperature, -1)
+    of_targets_C1 = (1 - probs_CV.gather(1, targets_C1)) * grad_C1
+    grad_CV = probs_CV.mul_(-grad_C1).to(hidden_CD.dtype)
+    return grad_CV.scatter_(1, targets_C1, of_targets_C1.to(grad_CV.dtype))
+
+
 class _TokenLogprobs(torch.autograd.Function):
     """Log-probabilities and entropies in chunks; backward computes each chunk's logits again, and
     one buffer takes the head's gradient from all: autograd would allocate one for each.
     """
 
     @staticmethod
-    def forward(ctx, hidden_AD, weight_VD, targets_A, temperature, chunk):
+    def forward(ctx, hidden_AD, weight_VD, targets_A1, temperature, chunk):
         """Log-probabilities and entropies [A]; kept for backward: hidden states, no logits."""
-        ctx.save_for_backward(hidden_AD, weight_VD, targets_A)
+        ctx.save_for_backward(hidden_AD, weight_VD, targets_A1)
         ctx.settings = (temperature, chunk)
-        logprobs = []
-        entropies = []
-        for hidden_CD, targets_C in zip(
-            hidden_AD.split(chunk), targets_A.split(chunk), strict=True
-        ):
-            logps_CV = torch.log_softmax((hidden_CD @ weight_VD.T).float() / temperature, -1)
-            logprobs.append(logps_CV.gather(1, targets_C[:, None])[:, 0])
-            entropies.append(-logps_CV.exp().mul_(logps_CV).sum(-1))
-        entropy_A = torch.cat(entropies)
+        chunks = zip(hidden_AD.split(chunk), targets_A1.split(chunk), strict=True)
+        results = [fused(chunk_logprobs, x, weight_VD, ids, temperature) for x, ids in chunks]
+        logprobs_A, entropy_A = (torch.cat(x) for x in zip(*results, strict=True))
         ctx.mark_non_differentiable(entropy_A)
-        return torch.cat(logprobs), entropy_A
+        return logprobs_A, entropy_A
 
     @staticmethod
     def backward(ctx, grad_A, _):
         """Gradients of hidden states and of the head's weight, chunk by chunk."""
-        hidden_AD, weight_VD, targets_A = ctx.saved_tensors
+        hidden_AD, weight_VD, targets_A1 = ctx.saved_tensors
         temperature, chunk = ctx.settings
         grad_hidden = []
         grad_weight = torch.zeros_like(weight_VD)
-        parts = (x.split(chunk) for x in (hidden_AD, targets_A, grad_A / temperature))
-        for hidden_CD, targets_C, grad_C in zip(*parts, strict=True):
-            # d logprob / d logits = one_hot(target) - softmax(logits)
-            grad_C1 = grad_C[:, None]
-            probs_CV = torch.softmax((hidden_CD @ weight_VD.T).float() / temperature, -1)
-            grad_CV = probs_CV.mul_(-grad_C1).scatter_add_(1, targets_C[:, None], grad_C1)
-            grad_CV = grad_CV.to(hidden_CD.dtype)
+        parts = (x.split(chunk) for x in (hidden_AD, targets_A1, grad_A[:, None] / temperature))
+        for hidden_CD, *others in zip(*parts, strict=True):
+            grad_CV = fused(chunk_gradient, hidden_CD, weight_VD, *others, temperature)
             grad_hidden.append(grad_CV @ weight_VD)
             grad_weight.addmm_(grad_CV.T, hidden_CD)
         return torch.cat(grad_hidden), grad_weight, None, None, None
@@ -520,7 +551,7 @@ def token_logprobs(hidden_AD, head, targets_A, temperature=1.0):
         dtype = torch.get_autocast_dtype(device)
         hidden_AD, weight_VD = hidden_AD.to(dtype), weight_VD.to(dtype)
     chunk = max(1, LOGITS[device] // len(weight_VD))
-    return _TokenLogprobs.apply(hidden_AD, weight_VD, targets_A, temperature, chunk)
+    return _TokenLogprobs.apply(hidden_AD, weight_VD, targets_A[:, None], temperature, chunk)
 
 
 class Policy(torch.nn.Module):
@@ -709,9 +740,8 @@ class Decode:
     def attend(self, layer, q_AHD, k_AKD, v_AKD, scale):
         """Keys and values enter the cache; returns the output [A, H, D]."""
         levels = self.cache[layer]
-        column = self.answer_keys.used[:1].long() - 1
         for cached, new in zip(levels[2], (k_AKD, v_AKD), strict=True):
-            cached.index_copy_(1, column, new[:, None])
+            cached.index_copy_(1, self.answer_keys.newest, new[:, None])
         parts = [(s, *kv) for s, kv in zip(self.segments, levels, strict=True) if s.keys.longest]
         return attend(q_AHD, parts, scale)[0]
 
@@ -809,7 +839,7 @@ def _sample_part(model, prompts, draws_NT, eos_id, temperature, label_ids):
     for t in range(T):
         # 2. Draw a token for each.
         logits_AV = head(hidden_AD)
-        ids_A, logprobs_A = choose_tokens(logits_AV, draws_NT[rows_A, t], temperature)
+        ids_A, logprobs_A = fused(choose_tokens, logits_AV, draws_NT[rows_A, t], temperature)
         ids_NT[rows_A, t] = ids_A
         logprobs_NT[rows_A, t] = logprobs_A
         label_logits_NTY[rows_A, t] = logits_AV[:, label_ids_Y].float()
