@@ -64,6 +64,12 @@ def on_cuda(x):
     return x.is_cuda
 
 
+def put(numbers, dtype, device):
+    """A tensor on a device. The host does not wait for work there that was begun before."""
+    is_pinned = torch.device(device).type == "cuda"
+    return torch.tensor(numbers, dtype=dtype, pin_memory=is_pinned).to(device, non_blocking=True)
+
+
 class Sequences:
     """n sequences packed behind each other in one tensor [S, ...], as the kernels want to know it.
 
@@ -77,7 +83,7 @@ class Sequences:
         self.lengths = lengths
         self.longest = max(lengths)
         self.is_even = min(lengths) == self.longest
-        self.cu = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+        self.cu = put([0, *accumulate(lengths)], torch.int32, device)
         # CUDA's kernels take a bound of 1 to mean exactly one query in each sequence.
         self.max_length = max(self.longest, 1 if self.is_even else 2)
 
@@ -417,7 +423,7 @@ class Tree:
                 token += len(answer) - 1
         lengths = [len(tokens) for tokens, _ in rows]
         positions = [range(first, first + len(tokens)) for tokens, first in rows]
-        as_tensor = lambda values: torch.tensor([*values], dtype=torch.long, device=device)
+        as_tensor = lambda values: put([*values], torch.long, device)
         self.input_ids = as_tensor(chain(*(tokens for tokens, _ in rows)))[None]
         self.position_ids = as_tensor(chain(*positions))[None]
         self.predict_A = as_tensor(predict)
