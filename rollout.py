@@ -37,7 +37,8 @@ import torch.nn.attention
 import torch.nn.functional as F
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-COMPILE = True  # on CUDA: small operations into fewer kernels; not under TORCH_COMPILE_DISABLE=1
+# On CUDA, compile what stands between products and attention into fewer kernels; it takes a minute.
+COMPILE = False
 torch._dynamo.config.recompile_limit = 64  # for kinds of batches
 compiled = cache(torch.compile)
 
