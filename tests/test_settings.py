@@ -158,6 +158,9 @@ def test_a_setting_arrives(task, tmp_path, monkeypatch, settings):
     rollouts, logged = run(monkeypatch, train, tmp_path / "out", settings | {"task": task})
     expected = list(plain(train.Config(**settings, task=str(task)), rollouts))
     np.testing.assert_allclose(logged, expected, rtol=2e-3, atol=1e-5)
+    metrics, samples = ((tmp_path / "out" / f"{name}.jsonl").read_text().splitlines() for name in ("metrics", "samples"))
+    best, worst = (json.loads(line)["advantage"] for line in samples)  # of a group with a signal, if there is one
+    assert (best > 0 > worst) == (json.loads(metrics[settings["sft_steps"]])["frac_zero_std"] < 1)
 
 
 def test_a_setting_of_distillation_changes_the_run(tmp_path, monkeypatch):
