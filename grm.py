@@ -7,9 +7,10 @@ tokenised once, and ids are never decoded and encoded again.
 
     python grm.py score --model DIR --pairs IN.jsonl --out OUT.jsonl [--task DIR] [--explain]
     python grm.py judge --model DIR "query" "document"
+    python grm.py check TASK [--model DIR]    # what a task's files hold: see data/check.py
 
-This file needs torch, transformers (with jinja2), numpy and pyyaml only, and for the two commands
-above rollout.py and parallel.py beside it; copy it alone.
+This file needs torch, transformers (with jinja2), numpy and pyyaml only, and for the commands above
+the other files beside it; copy it alone.
 Shapes: N answers, T positions of an answer, Y labels.
 """
 
@@ -20,6 +21,8 @@ import json
 import math
 import os
 import re
+import runpy
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -834,7 +837,7 @@ def load_judge(folder, task=None, max_new_tokens=None):
     model, tokenizer = load_model(folder, torch.bfloat16 if device == "cuda" else torch.float32)
     trained = model.generation_config
     max_new_tokens = max_new_tokens or trained.max_new_tokens or 128
-    context = model.config.max_position_embeddings
+    context = model.config.get_text_config().max_position_embeddings
     renderer = Renderer(task, tokenizer, context, max_new_tokens, trained.eos_token_id)
     model = rollout.use_tree_attention(model.to(device))
     return renderer, rollout.Engine(model, renderer.end_ids, renderer.read_ids, max_new_tokens)
@@ -944,6 +947,7 @@ def main():
     commands = parser.add_subparsers(dest="command", required=True)
     score = commands.add_parser("score", help="grade a file")
     single = commands.add_parser("judge", help="grade one pair")
+    commands.add_parser("check", help="look at a task's files")  # see below
     for command in (score, single):
         command.add_argument("--model", required=True, help="model folder or hub name")
         command.add_argument("--task", help="folder with criteria.md (default: the model's own)")
@@ -965,6 +969,11 @@ def main():
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["check"]:
+        del sys.argv[1]
+        script = Path(__file__).resolve().parent / "data" / "check.py"
+        runpy.run_path(str(script), run_name="__main__")
+        sys.exit()
     import parallel
     import rollout
 

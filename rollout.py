@@ -27,7 +27,7 @@ import os
 import runpy
 import sys
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import accumulate, chain
 from pathlib import Path
 
@@ -36,6 +36,17 @@ import torch
 import torch.nn.attention
 import torch.nn.functional as F
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+# On CUDA, compile what stands between products and attention into fewer kernels; it takes a minute.
+COMPILE = False
+torch._dynamo.config.recompile_limit = 64  # for kinds of batches
+compiled = cache(torch.compile)
+
+
+def fused(function, x, *args):
+    """function(x, *args), on CUDA compiled."""
+    return (compiled(function, dynamic=True) if COMPILE and x.is_cuda else function)(x, *args)
+
 
 # Attention: one kernel a segment, merged by log-sum-exp -------------------------------------------
 
@@ -54,6 +65,12 @@ def on_cuda(x):
     return x.is_cuda
 
 
+def put(numbers, dtype, device):
+    """A tensor on a device. The host does not wait for work there that was begun before."""
+    is_pinned = torch.device(device).type == "cuda"
+    return torch.tensor(numbers, dtype=dtype, pin_memory=is_pinned).to(device, non_blocking=True)
+
+
 class Sequences:
     """n sequences packed behind each other in one tensor [S, ...], as the kernels want to know it.
 
@@ -67,7 +84,7 @@ class Sequences:
         self.lengths = lengths
         self.longest = max(lengths)
         self.is_even = min(lengths) == self.longest
-        self.cu = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+        self.cu = put([0, *accumulate(lengths)], torch.int32, device)
         # CUDA's kernels take a bound of 1 to mean exactly one query in each sequence.
         self.max_length = max(self.longest, 1 if self.is_even else 2)
 
@@ -108,12 +125,14 @@ class Slots(Sequences):
     def __init__(self, lengths, width, device):
         super().__init__(lengths, device)
         self.used = self.cu.diff()
+        self.newest = self.used[:1].long() - 1
         self.cu = torch.arange(len(lengths) + 1, dtype=torch.int32, device=device) * width
         self.max_length = width
 
     def grow(self):
         """One more token in each."""
         self.used += 1
+        self.newest += 1
         self.longest += 1
 
     def pad(self, x):
@@ -141,18 +160,29 @@ def attend(q_SHD, parts, scale):
 
     parts: triples (segment, keys, values); keys and values are packed, [C, K, D], or in the
     slots of a cache, [n, W, K, D].
-    Returns the output [S, H, D] and the log-sum-exp [S, H] of the scores, both in float32.
+    Returns the output [S, H, D] and, in float32, the log-sum-exp [S, H] of the scores.
     """
+    results = [(s.rows, *flash(q_SHD[s.rows], k, v, s, scale)) for s, k, v in parts]
+    return fused(merge, q_SHD, results)
+
+
+def merge(q_SHD, results):
+    """Of all segments, from each one's (rows, output, log-sum-exp): exp(lse) is its weight."""
     out_SHD = torch.zeros(q_SHD.shape, device=q_SHD.device)
     lse_SH = torch.full(q_SHD.shape[:2], -torch.inf, device=q_SHD.device)
-    for segment, k, v in parts:
-        rows = segment.rows
-        part, part_lse = flash(q_SHD[rows], k, v, segment, scale)
-        # exp(log-sum-exp) is a segment's weight in the softmax over all.
-        share = torch.sigmoid(part_lse - lse_SH[rows])
+    for rows, part, part_lse in results:
+        share = torch.sigmoid(part_lse - lse_SH[rows])  # of the segments until here
         out_SHD[rows].lerp_(part.float(), share[..., None])
         lse_SH[rows] = torch.logaddexp(lse_SH[rows], part_lse)
-    return out_SHD, lse_SH
+    return out_SHD.to(q_SHD.dtype), lse_SH
+
+
+def add_up(x, parts):
+    """The gradient of x, summed in float32, from each segment's (rows, gradient)."""
+    total = torch.zeros(x.shape, device=x.device)
+    for rows, part in parts:
+        total[rows].add_(part)  # += would copy the rows onto themselves, too
+    return total.to(x.dtype)
 
 
 class PackedAttention(torch.autograd.Function):
@@ -168,7 +198,6 @@ class PackedAttention(torch.autograd.Function):
         """Output [S, H, D] in q's dtype."""
         parts = [(s, k_SKD[s.columns], v_SKD[s.columns]) for s in segments]
         out_SHD, lse_SH = attend(q_SHD, parts, scale)
-        out_SHD = out_SHD.to(q_SHD.dtype)
         ctx.save_for_backward(q_SHD, k_SKD, v_SKD, out_SHD, lse_SH)
         ctx.segments = segments
         ctx.scale = scale
@@ -178,16 +207,15 @@ class PackedAttention(torch.autograd.Function):
     def backward(ctx, grad_SHD):
         """Gradients of queries, keys and values, summed over the segments in float32."""
         q, k, v, out, lse = ctx.saved_tensors
-        grad_q, grad_k, grad_v = (torch.zeros(x.shape, device=x.device) for x in (q, k, v))
+        parts = []
         for segment in ctx.segments:
             rows = segment.rows
             columns = segment.columns
             of_queries = (grad_SHD[rows], q[rows], out[rows], lse[rows])
             dq, dk, dv = flash_backward(*of_queries, k[columns], v[columns], segment, ctx.scale)
-            grad_q[rows] += dq
-            grad_k[columns] += dk
-            grad_v[columns] += dv
-        return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype), None, None
+            parts.append(((rows, dq), (columns, dk), (columns, dv)))
+        of_q, of_k, of_v = zip(*parts, strict=True)
+        return fused(add_up, q, of_q), fused(add_up, k, of_k), fused(add_up, v, of_v), None, None
 
 
 def flash(q_SHD, k, v, segment, scale):
@@ -216,8 +244,7 @@ def flash_backward(grad_SHD, q_SHD, out_SHD, lse_SH, k_CKD, v_CKD, segment, scal
     if on_cuda(q_SHD):
         tensors = (grad_SHD, q_SHD, k_CKD, v_CKD, out_SHD, lse_SH.T.contiguous())
         sizes = (queries.cu, keys.cu, queries.max_length, keys.max_length)
-        # The state of dropout's random generator, which nothing uses.
-        state = (torch.zeros(2, dtype=torch.uint64, device=q_SHD.device), q_SHD.new_empty(0))
+        state = (q_SHD.new_empty(2, dtype=torch.uint64), q_SHD.new_empty(0))  # of dropout: unused
         return _cuda_flash_backward(*tensors, *sizes, 0.0, segment.causal, *state, scale=scale)
     grad, q, out, lse = (queries.pad(x) for x in (grad_SHD, q_SHD, out_SHD, lse_SH))
     tensors = (grad, q, keys.pad(k_CKD), keys.pad(v_CKD), out, lse)
@@ -235,14 +262,16 @@ def tree_attention(
     a keyword argument.
     """
     if tree is None:
-        raise ValueError("tree attention: call the model by rollout.sample or rollout.Policy")
-    window = kwargs.get("sliding_window")
-    is_short = window and window < tree.max_position
-    if dropout or is_short or kwargs.get("softcap") or kwargs.get("s_aux") is not None:
-        raise UnsupportedModelError(
-            f"{type(module).__name__}: dropout, soft-capping, sinks and a sliding window "
-            "are not supported"
-        )
+        what = "call the model by rollout.sample or rollout.Policy; or it hands no keywords down"
+        raise ValueError(f"tree attention: {what}")
+    window = kwargs.get("sliding_window") or 0
+    asked = {**kwargs, "attention_mask": attention_mask, "dropout": dropout}
+    asked["sliding_window"] = 0 < window < tree.max_position
+    # Soft-capping, sinks, a mask of the layer's own: whatever else it asks for would be left out.
+    left_out = {name for name, value in asked.items() if isinstance(value, torch.Tensor) or value}
+    if left_out := sorted(left_out - {"position_ids", "is_causal"}):
+        what = f"tree attention has no {' and no '.join(left_out)}"
+        raise UnsupportedModelError(f"{type(module).__name__}: {what}")
     head_size = value.shape[-1]
     if on_cuda(value) and (value.dtype == torch.float32 or head_size not in range(8, 257, 8)):
         raise UnsupportedModelError(
@@ -251,12 +280,11 @@ def tree_attention(
         )
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     # Under autocast, rotary embeddings leave queries and keys in float32, values in bfloat16.
-    q_SHD, k_SKD, v_SKD = (x[0].transpose(0, 1).to(value.dtype) for x in (query, key, value))
-    out_SHD = tree.attend(module.layer_idx, q_SHD, k_SKD, v_SKD, scale)
-    return out_SHD.to(value.dtype)[None], None
+    packed = (x.squeeze(0).transpose(0, 1).to(value.dtype) for x in (query, key, value))
+    return tree.attend(module.layer_idx, *packed, scale)[None], None
 
 
-ALL_ATTENTION_FUNCTIONS.register("tree", tree_attention)
+ALL_ATTENTION_FUNCTIONS.register("tree", torch.compiler.disable(tree_attention))
 
 
 class UnsupportedModelError(ValueError):
@@ -301,11 +329,12 @@ def check_model(model, max_position):
     """
     name = type(use_tree_attention(model)).__name__
     config = model.config.get_text_config()
-    rope = getattr(config, "rope_parameters", None) or {}
     reach = [getattr(config, x, None) for x in ("sliding_window", "attention_chunk_size")]
-    if rope.get("rope_type") in ("dynamic", "longrope"):  # which depends on the whole batch
-        original = rope.get("original_max_position_embeddings")
-        reach.append(original or config.max_position_embeddings)
+    rope = getattr(config, "rope_parameters", None) or {}  # one, or one for each kind of layer
+    for part in [rope, *(x for x in rope.values() if isinstance(x, dict))]:
+        if part.get("rope_type") in ("dynamic", "longrope"):  # which depends on the whole batch
+            original = part.get("original_max_position_embeddings")
+            reach.append(original or config.max_position_embeddings)
     if (least := min(filter(None, reach), default=max_position)) < max_position:
         raise UnsupportedModelError(
             f"{name}: its attention changes behind {least} tokens; the longest sequence has "
@@ -317,17 +346,24 @@ def check_model(model, max_position):
     prompts = [prefix + end for end in ends]
     settings = {"group_size": 2, "max_new_tokens": 4, "eos_id": -1}
     head = model.get_output_embeddings()
-    plain = []
     # Large logits, as of a trained model, so that soft-capping behind the head shows.
-    with head.register_forward_hook(lambda module, inputs, output: 100 * output):
+    hook = head.register_forward_hook(lambda module, inputs, output: 100 * output)
+    try:
         sampled = sample(model, prompts, **settings, label_ids=range(head.out_features))
         trained_AV = head(answer_hidden(model, Tree(prompts, sampled.answers, model.device)))
         model.set_attn_implementation("eager")
+        plain = []
         for prompt, group in zip(prompts, sampled.answers, strict=True):
             for answer in group:
                 ids = torch.tensor([prompt + answer[:-1]], device=model.device)
                 plain.append(model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 :])
-    use_tree_attention(model)
+    except (UnsupportedModelError, FloatingPointError):
+        raise
+    except Exception as error:  # whatever a model's own code makes of the packed tree
+        raise UnsupportedModelError(f"{name}: fails under tree attention: {error}") from error
+    finally:
+        hook.remove()
+        use_tree_attention(model)
     # Centred: probabilities do not depend on a row's mean.
     logits = (torch.cat(plain), sampled.label_logits_AY, trained_AV)
     plain_AV, *ours = (x.float() - x.float().mean(-1, keepdim=True) for x in logits)
@@ -388,7 +424,7 @@ class Tree:
                 token += len(answer) - 1
         lengths = [len(tokens) for tokens, _ in rows]
         positions = [range(first, first + len(tokens)) for tokens, first in rows]
-        as_tensor = lambda values: torch.tensor([*values], dtype=torch.long, device=device)
+        as_tensor = lambda values: put([*values], torch.long, device)
         self.input_ids = as_tensor(chain(*(tokens for tokens, _ in rows)))[None]
         self.position_ids = as_tensor(chain(*positions))[None]
         self.predict_A = as_tensor(predict)
@@ -433,6 +469,14 @@ class Tree:
 
 def forward(model, layout):
     """Last hidden states [S, D] of a layout, a Tree or a Decode, as the head takes them."""
+    if COMPILE and layout.input_ids.is_cuda:
+        # Norms, attention, MLPs; not whole layers, since FSDP and checkpointing act around these.
+        layers = getattr(model.base_model, "layers", [])
+        parts = [x for layer in layers for x in layer.children() if not x._compiled_call_impl]
+        if parts and os.environ.get("RANK", "0") == "0":
+            print(f"{type(model).__name__}: the first passes compile", flush=True)
+        for part in parts:
+            part.compile(dynamic=True)
     out = model.base_model(
         input_ids=layout.input_ids,
         position_ids=layout.position_ids,
@@ -453,42 +497,46 @@ def answer_hidden(model, tree):
     return forward(model, tree).index_select(0, tree.predict_A)
 
 
+def chunk_logprobs(hidden_CD, weight_VD, targets_C1, temperature):
+    """Of the targets, and entropies, float32 [C]."""
+    logps_CV = torch.log_softmax((hidden_CD @ weight_VD.T).float() / temperature, -1)
+    return logps_CV.gather(1, targets_C1)[:, 0], -logps_CV.exp().mul_(logps_CV).sum(-1)
+
+
+def chunk_gradient(hidden_CD, weight_VD, targets_C1, grad_C1, temperature):
+    """Of the logits, [C, V]: d logprob / d logits = one_hot(target) - softmax(logits)."""
+    probs_CV = torch.softmax((hidden_CD @ weight_VD.T).float() / temperature, -1)
+    of_targets_C1 = (1 - probs_CV.gather(1, targets_C1)) * grad_C1
+    grad_CV = probs_CV.mul_(-grad_C1).to(hidden_CD.dtype)
+    return grad_CV.scatter_(1, targets_C1, of_targets_C1.to(grad_CV.dtype))
+
+
 class _TokenLogprobs(torch.autograd.Function):
     """Log-probabilities and entropies in chunks; backward computes each chunk's logits again, and
     one buffer takes the head's gradient from all: autograd would allocate one for each.
     """
 
     @staticmethod
-    def forward(ctx, hidden_AD, weight_VD, targets_A, temperature, chunk):
+    def forward(ctx, hidden_AD, weight_VD, targets_A1, temperature, chunk):
         """Log-probabilities and entropies [A]; kept for backward: hidden states, no logits."""
-        ctx.save_for_backward(hidden_AD, weight_VD, targets_A)
+        ctx.save_for_backward(hidden_AD, weight_VD, targets_A1)
         ctx.settings = (temperature, chunk)
-        logprobs = []
-        entropies = []
-        for hidden_CD, targets_C in zip(
-            hidden_AD.split(chunk), targets_A.split(chunk), strict=True
-        ):
-            logps_CV = torch.log_softmax((hidden_CD @ weight_VD.T).float() / temperature, -1)
-            logprobs.append(logps_CV.gather(1, targets_C[:, None])[:, 0])
-            entropies.append(-logps_CV.exp().mul_(logps_CV).sum(-1))
-        entropy_A = torch.cat(entropies)
+        chunks = zip(hidden_AD.split(chunk), targets_A1.split(chunk), strict=True)
+        results = [fused(chunk_logprobs, x, weight_VD, ids, temperature) for x, ids in chunks]
+        logprobs_A, entropy_A = (torch.cat(x) for x in zip(*results, strict=True))
         ctx.mark_non_differentiable(entropy_A)
-        return torch.cat(logprobs), entropy_A
+        return logprobs_A, entropy_A
 
     @staticmethod
     def backward(ctx, grad_A, _):
         """Gradients of hidden states and of the head's weight, chunk by chunk."""
-        hidden_AD, weight_VD, targets_A = ctx.saved_tensors
+        hidden_AD, weight_VD, targets_A1 = ctx.saved_tensors
         temperature, chunk = ctx.settings
         grad_hidden = []
         grad_weight = torch.zeros_like(weight_VD)
-        parts = (x.split(chunk) for x in (hidden_AD, targets_A, grad_A / temperature))
-        for hidden_CD, targets_C, grad_C in zip(*parts, strict=True):
-            # d logprob / d logits = one_hot(target) - softmax(logits)
-            grad_C1 = grad_C[:, None]
-            probs_CV = torch.softmax((hidden_CD @ weight_VD.T).float() / temperature, -1)
-            grad_CV = probs_CV.mul_(-grad_C1).scatter_add_(1, targets_C[:, None], grad_C1)
-            grad_CV = grad_CV.to(hidden_CD.dtype)
+        parts = (x.split(chunk) for x in (hidden_AD, targets_A1, grad_A[:, None] / temperature))
+        for hidden_CD, *others in zip(*parts, strict=True):
+            grad_CV = fused(chunk_gradient, hidden_CD, weight_VD, *others, temperature)
             grad_hidden.append(grad_CV @ weight_VD)
             grad_weight.addmm_(grad_CV.T, hidden_CD)
         return torch.cat(grad_hidden), grad_weight, None, None, None
@@ -510,7 +558,7 @@ def token_logprobs(hidden_AD, head, targets_A, temperature=1.0):
         dtype = torch.get_autocast_dtype(device)
         hidden_AD, weight_VD = hidden_AD.to(dtype), weight_VD.to(dtype)
     chunk = max(1, LOGITS[device] // len(weight_VD))
-    return _TokenLogprobs.apply(hidden_AD, weight_VD, targets_A, temperature, chunk)
+    return _TokenLogprobs.apply(hidden_AD, weight_VD, targets_A[:, None], temperature, chunk)
 
 
 class Policy(torch.nn.Module):
@@ -699,9 +747,8 @@ class Decode:
     def attend(self, layer, q_AHD, k_AKD, v_AKD, scale):
         """Keys and values enter the cache; returns the output [A, H, D]."""
         levels = self.cache[layer]
-        column = self.answer_keys.used[:1].long() - 1
         for cached, new in zip(levels[2], (k_AKD, v_AKD), strict=True):
-            cached.index_copy_(1, column, new[:, None])
+            cached.index_copy_(1, self.answer_keys.newest, new[:, None])
         parts = [(s, *kv) for s, kv in zip(self.segments, levels, strict=True) if s.keys.longest]
         return attend(q_AHD, parts, scale)[0]
 
@@ -753,7 +800,7 @@ def sample(
     """
     if eos_id is None or model.training:
         raise ValueError("sampling needs an eos_id, and the model in eval mode")
-    context = model.config.max_position_embeddings
+    context = model.config.get_text_config().max_position_embeddings
     need = max(map(len, prompts)) + max_new_tokens
     if need > context:
         raise ValueError(f"prompt and answer need {need} tokens, the context has {context}")
@@ -799,7 +846,7 @@ def _sample_part(model, prompts, draws_NT, eos_id, temperature, label_ids):
     for t in range(T):
         # 2. Draw a token for each.
         logits_AV = head(hidden_AD)
-        ids_A, logprobs_A = choose_tokens(logits_AV, draws_NT[rows_A, t], temperature)
+        ids_A, logprobs_A = fused(choose_tokens, logits_AV, draws_NT[rows_A, t], temperature)
         ids_NT[rows_A, t] = ids_A
         logprobs_NT[rows_A, t] = logprobs_A
         label_logits_NTY[rows_A, t] = logits_AV[:, label_ids_Y].float()

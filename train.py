@@ -55,6 +55,9 @@ class Config:
     bf16: Literal["auto", "0", "1"] = setting(
         "auto", "compute in bfloat16; auto: on CUDA, and on CPUs with AMX where it pays"
     )
+    compile: Literal["auto", "0", "1"] = setting(
+        "auto", "fewer kernels, after a minute of compiling; auto: on CUDA, models 512 wide or more"
+    )
     activation_checkpointing: Literal["auto", "0", "1"] = setting(
         "auto", "keep only the inputs of layers for backward: less memory; auto: on CUDA"
     )
@@ -103,7 +106,7 @@ class Config:
 
 # What may change when a run is taken up again: results do not depend on it beyond rounding.
 FREE = ("out", "max_tokens", "cache_tokens", "activation_checkpointing", "save_every", "keep")
-FREE += ("timeout", "sampling_shards")
+FREE += ("timeout", "sampling_shards", "compile")
 
 
 # Data ---------------------------------------------------------------------------------------------
@@ -483,7 +486,7 @@ def main():
     ranks = parallel.Ranks(config.timeout, config.sampling_shards)
     task = grm.Task.load(config.task)
     policy, tokenizer = make_policy(config.model, config, ranks)
-    model_config = policy.model.config
+    model_config = policy.model.config.get_text_config()
     context = model_config.max_position_embeddings
     ends = policy.model.generation_config.eos_token_id
     renderer = grm.Renderer(task, tokenizer, context, config.max_new_tokens, ends)
@@ -493,6 +496,8 @@ def main():
         longest = max(len(record["prompt_ids"]) for record in chain(*data.values()))
         rollout.check_model(policy.model, longest + config.max_new_tokens)
     run = parallel.Run(out, asdict(config), ranks, FREE, config.save_every, config.keep)
+    is_wide = model_config.hidden_size >= 512
+    rollout.COMPILE = is_wide if config.compile == "auto" else config.compile == "1"
     # Of computing and sampling; master weights are float32.
     bf16 = parallel.chosen_bf16(config.bf16, ranks.device, model_config.hidden_size)
     dtype = torch.bfloat16 if bf16 else torch.float32

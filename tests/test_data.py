@@ -2,7 +2,9 @@
 
 import importlib.util
 import json
+import re
 import shutil
+import subprocess
 import sys
 import zipfile
 from types import SimpleNamespace
@@ -13,6 +15,7 @@ from conftest import NOTES, ROOT
 from transformers import AutoTokenizer, BertConfig, BertModel
 
 import grm
+import train
 
 KINDS = ["phone case", "inkjet printer", "memory card"]
 
@@ -100,6 +103,223 @@ def test_kinds():
     assert list(load("chorus").find_kinds(titles).values()) == ["mobile phone case"] * 3 + ["unnamed"] * 3
 
 
+# Six queries of three documents each, the last of which has all of the query's words (but for one); a spreadsheet's labels.
+TABLE = [["Anfrage", "Nr, wie, sie, gestellt, ist", "Antwort", "Note"]]
+for i in range(18):
+    answer = (f"„schön“ {i} x", "größe x", f"die größe {i // 3}")[i % 3]
+    TABLE.append([f" Größe {i // 3} ", f"{i // 3}.0", answer, ("0.0", "1", "2,0")[i % 3]])
+TABLE[5][2] = 'Zeile 1; "so"\nZeile 2'
+TABLE[18][2] = "nichts davon"
+COLUMNS = ["--query=Anfrage", "--document=Antwort", "--label=Note"]
+
+
+def write_table(path, rows, encoding="utf-8", mark=",", first="", end="\r\n"):
+    """A CSV file as spreadsheets write it: quotes where a cell needs them, and a stray row that is empty."""
+    quoted = [['"' + x.replace('"', '""') + '"' if set(x) & {mark, '"', "\n"} else x for x in row] for row in rows]
+    path.write_bytes((first + "".join(mark.join(row) + end for row in quoted)).encode(encoding))
+    return path
+
+
+def from_csv(monkeypatch, *flags):
+    """data/from_csv.py as a command."""
+    monkeypatch.setattr(sys, "argv", ["from_csv.py", *map(str, flags)])
+    load("from_csv").main()
+
+
+@pytest.mark.parametrize(
+    ("encoding", "mark", "first", "end", "said"),
+    [
+        ("utf-8-sig", ",", "", "\n", "UTF-8, delimiter ','"),
+        ("utf-8-sig", ";", "sep=;\r\n", "\r\n", "UTF-8, delimiter ';'"),
+        ("cp1252", ";", "", "\r\n", "Windows-1252 (it is no UTF-8), delimiter ';'"),
+        ("utf-16", "\t", "", "\r\n", "UTF-16, delimiter '\\t'"),
+    ],
+)
+def test_csv_as_spreadsheets_write_it(tmp_path, monkeypatch, capsys, encoding, mark, first, end, said):
+    """A byte order mark in the first column's name, umlauts as two letters, a cell cut at its line break, 2.0 and 2 as two
+    labels, a query with a space as another; a query on both sides; a row that is lost without a word."""
+    rows = [*TABLE[:8], ["", " ", "", ""], *TABLE[8:], ["Größe 9", "9", "noch offen", ""]]
+    path = write_table(tmp_path / "x.csv", rows, encoding, mark, first, end)
+    from_csv(monkeypatch, path, *COLUMNS, "--test_share=0.34", "--out", tmp_path / "task")
+    out, line = capsys.readouterr().out, 1 + len(first.splitlines())
+    assert f"x.csv: 18 pairs; read as {said}\n" in out
+    assert f"empty, rows: 1; line {line + 9}\n" in out and f"without 'Note', rows: 1; line {line + 21}\n" in out
+    task = grm.Task.load(tmp_path / "task")
+    assert (task.labels, task.relevant, task.steps) == (["0", "1", "2"], ["2"], ["match", "verdict"])
+    files = {name: task.read(task.folder / f"{name}.jsonl") for name in ("train", "test")}
+    read = [(r["query"], r["document"], r["label"]) for records in files.values() for r in records]
+    assert sorted(read) == sorted((row[0].strip(), row[2], str(i % 3)) for i, row in enumerate(TABLE[1:]))
+    train_ids, test_ids = ({record["query_id"] for record in records} for records in files.values())
+    assert len(test_ids) == 2 and len(train_ids) == 4 and not train_ids & test_ids
+    assert sorted(path.name for path in task.folder.iterdir()) == ["criteria.md", "test.jsonl", "train.jsonl"]
+
+
+def test_csv_query_id(tmp_path, monkeypatch):
+    """Two texts of one query on two sides; a number that a spreadsheet wrote as 1.0; a split that the seed does not draw."""
+    rows = [[f"{row[0]}{i}", *row[1:]] for i, row in enumerate(TABLE[1:])]
+    path = write_table(tmp_path / "x.csv", [TABLE[0], *rows])
+    splits = []
+    for seed in (0, 0, 1, 2, 3):
+        out = tmp_path / f"{len(splits)}"
+        from_csv(monkeypatch, path, *COLUMNS, f"--query_id={TABLE[0][1]}", f"--seed={seed}", "--out", out)
+        splits.append([{record["query_id"] for record in lines(out / f"{name}.jsonl")} for name in ("train", "test")])
+        assert len(splits[-1][1]) == 1 and splits[-1][0] | splits[-1][1] == set("012345") and not splits[-1][0] & splits[-1][1]
+    assert splits[0] == splits[1] and any(split != splits[0] for split in splits)
+
+
+def test_csv_labels_that_are_words(tmp_path, monkeypatch, capsys):
+    """An order that is the alphabet's or the file's; Ja as a label beside ja; a label of the table that is lost."""
+    words = ["nein", "teilweise", "ja"]
+    rows = [[*row[:3], words[i % 3]] for i, row in enumerate(TABLE[1:])]
+    rows[2][3] = "Ja"
+    path = write_table(tmp_path / "x.csv", [TABLE[0], *rows])
+    for flags, message in {
+        (): r"labels that are no numbers need --labels.*found: nein \(6\), teilweise \(6\), ja \(5\), Ja \(1\)$",
+        ("--labels", "nein", "ja"): "--labels lacks 'teilweise'",
+        ("--labels", *words, "--relevant", "gut"): "relevant must be the last of labels",
+    }.items():
+        with pytest.raises(SystemExit, match=message):
+            from_csv(monkeypatch, path, *COLUMNS, *flags, "--out", tmp_path / "task")
+        assert not (tmp_path / "task").exists()
+    from_csv(monkeypatch, path, *COLUMNS, "--labels", *words, "--out", tmp_path / "task")
+    assert "label 'Ja' is read as 'ja': 1 times" in capsys.readouterr().out
+    task = grm.Task.load(tmp_path / "task")
+    assert task.labels == words and task.relevant == ["ja"]
+    assert sum(len(task.read(task.folder / f"{name}.jsonl")) for name in ("train", "test")) == 18
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"PK\x03\x04", "is a workbook"),
+        (b"Anfrage\0;", "is neither UTF-8"),
+        (b"", "needs one column 'Anfrage'; its columns: []"),
+        (b"Anfrage;Text;Note\nq;d;1", "needs one column 'Antwort'; its columns: ['Anfrage', 'Text', 'Note']"),
+        (b"Anfrage;Antwort;Note\n;d;1\n", "no row has all of Anfrage, Antwort, Note"),
+        (b"Anfrage;Antwort;Note\nq;d;1\nq;d;e;2\n", ":3: 4 cells for 3 columns; quote cells that hold ';'"),
+        (b'Anfrage;Antwort;Note\nq;"d\n\n1";1\n"q;d;2\nq;d;1\n', ":5: unexpected end of data"),
+        (b"Anfrage;Antwort;Note\nq;d;1\nQ ;e;2\n", "needs two or more queries"),
+        (b"Anfrage;Antwort;Note\nq;d;1\np;e;1\n", "labels needs two or more values"),
+        (b"Anfrage;Antwort;Note\n" + b"".join(b"q;d;%d\n" % i for i in range(21)), "21 different labels"),
+    ],
+)
+def test_csv_refuses(tmp_path, monkeypatch, data, message):
+    """A traceback, or a folder with half of the table."""
+    (tmp_path / "x.csv").write_bytes(data)
+    with pytest.raises(SystemExit) as caught:
+        from_csv(monkeypatch, tmp_path / "x.csv", *COLUMNS, "--out", tmp_path / "task")
+    assert str(caught.value).startswith(f"{tmp_path / 'x.csv'}") and message in str(caught.value)
+    assert "\n" not in str(caught.value) and not (tmp_path / "task").exists()
+
+
+def test_csv_fresh(tmp_path, monkeypatch):
+    """Criteria that somebody filled in, written over; a word that the tokenizer cannot write; demonstrations that train.py
+    refuses, that end at another label than the row's, that say what is not so, or that come from the test's queries."""
+    path = write_table(tmp_path / "x.csv", TABLE)
+    flags = [path, *COLUMNS, "--fresh", "--out", tmp_path / "task"]
+    from_csv(monkeypatch, *flags)
+    (tmp_path / "task" / "criteria.md").open("a").write("Be strict.\n")
+    before = {file: file.read_bytes() for file in (tmp_path / "task").rglob("*.*")}
+    with pytest.raises(SystemExit, match="holds files; delete it or choose another name"):
+        from_csv(monkeypatch, *flags)
+    assert before == {file: file.read_bytes() for file in (tmp_path / "task").rglob("*.*")}
+    config = grm.parse_settings(train.Config, "train.json", ["--task", str(tmp_path / "task")])
+    task, (model, tokenizer) = grm.Task.load(config.task), grm.load_model(config.model, seed=0)
+    assert sum(p.numel() for p in model.parameters()) < 2e6 and task.criteria.endswith("Be strict.")
+    renderer = grm.Renderer(task, tokenizer, model.config.max_position_embeddings, config.max_new_tokens)
+    data = train.load_data(config, task, renderer)
+    text = "größe <|im_end|> 咖啡 😀 \\boxed{2}\n"
+    assert renderer.decode(renderer.encode_answer(text)) == text and config.rule == "none"
+    pairs = {(r["query"], r["document"]): r["label"] for r in data["train"]}
+    assert [(r["query"], r["document"]) for r in data["sft"]] == list(pairs)
+    for record, label in zip(data["sft"], pairs.values(), strict=True):
+        query, document = (set(re.findall(r"\w+", record[name].lower())) for name in ("query", "document"))
+        share = "all" if query <= document else "some" if query & document else "none"
+        trace = renderer.parse(record["answer_ids"])
+        assert f"has {share} of the words" in record["response"] and trace.label == label
+        assert (trace.steps[0].label == "2") == (share == "all")
+    with pytest.raises(SystemExit, match=r"first tokens coincide.*rename labels in .*y\.csv"):
+        rows = [[*row[:3], ("sehr gut", "sehr schlecht")[i % 2]] for i, row in enumerate(TABLE[1:])]
+        flags[0], flags[-1] = write_table(tmp_path / "y.csv", [TABLE[0], *rows]), tmp_path / "y"
+        from_csv(monkeypatch, *flags, "--labels", "sehr schlecht", "sehr gut")
+    assert not (tmp_path / "y").exists()
+
+
+def test_check(tmp_path, capsys):
+    """A test that is trained on, labels that contradict each other, a tokenizer that knows no word: each passed over, or seen
+    where it is not; demonstrations that train.py refuses."""
+    pair = lambda query, document, *steps: {"query": query, "document": document, "label": steps[-1], "step_labels": steps}
+    clean = [pair("ramen tokyo", " ".join(["ramen"] * i), "3", "3", "3") for i in range(1, 7)] + [
+        pair("sofas", "ramen", "-1", "-1", "-1")
+    ]
+    files = {
+        "train": [*clean, pair("kids", "plants", "1", "1", "1")],
+        "test_a": [pair("ramen", "Plants", "1", "1", "1"), pair("lima", "ramen lima", "3", "3", "3")],
+        "test_b": [pair("skiing", "lima", "0", "0", "0")],
+    }
+
+    def check(**changes):
+        folder = tmp_path / "task"
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(NOTES / "model", folder / "model")
+        shutil.copy(NOTES / "train.json", folder)
+        criteria = (NOTES / "criteria.md").read_text()
+        (folder / "criteria.md").write_text(criteria + changes.pop("criteria", ""))
+        for name, records in (files | changes).items():
+            (folder / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+        load("check").check(folder, None)
+        out = capsys.readouterr().out
+        return out, [
+            line.partition(": ")[2].partition("; the first")[0] for line in out.splitlines() if line.startswith("warning")
+        ]
+
+    out, warnings = check()
+    assert warnings == ["no pair of train.jsonl has the label 0, 2"]
+    table = {line.split()[0]: line.split() for line in out.split("query, document:")[0].splitlines()[2:]}
+    assert table["train"][1:8] == ["8", "3", "1", "0", "1", "0", "6"]
+    results = {tuple(line.split()[:2]): line.split()[2] for line in out.split("test set")[1].splitlines()[1:]}
+    # Words: all of the query's words 3, some of them 3, none 1 or -1, whichever the threshold that fits best leaves.
+    assert results[("majority", "test_a")] == "0.500" and results[("majority", "test_b")] == "0.000"
+    assert results[("overlap", "test_a")] in ("0.500", "1.000")
+    for changes, expected in (
+        ({"criteria": "(FILL IN: more)"}, "criteria.md: has places that are still to FILL IN"),
+        ({"test_b": [pair("KIDS ", "lima", "0", "0", "0")]}, "1 pairs of test_b.jsonl have a query that train.jsonl has"),
+        ({"test_b": [files["test_b"][0]] * 2}, "2 pairs of test_b.jsonl stand there more than once"),
+        ({"test_b": [pair("lima", "Ramen  lima", "0", "0", "0")]}, "2 pairs have another label elsewhere"),
+        (
+            {"test_b": [pair("skiing", "lima", "0", "3", "3") | {"label": "0"}]},
+            "1 pairs have a label that is not the one of their step",
+        ),
+        ({"test_b": [pair("zebra", "lima " * 60, "0", "0", "0")]}, "test_b.jsonl: 1.6% of its tokens are unknown"),
+        ({"test_b": files["train"][:1]}, "1 pairs of test_b.jsonl are in train.jsonl too"),
+    ):
+        said = check(**changes)[1]
+        assert any(expected in line for line in said) and len(said) <= 3, (expected, said)
+    response = "topic: ramen \\boxed{3} place: any. \\boxed{2} promotion: gifted \\boxed{1}"
+    demonstration = {"query": "skiing", "document": "lima", "response": response}
+    out, warnings = check(sft=[demonstration])
+    assert "1 pairs of test_b.jsonl are in sft.jsonl too" in warnings and "promotion |      1 | promotion : gifted" in out
+    assert "user query : skiing document : lima" in out
+    assert next(line for line in out.splitlines() if line.startswith("sft ")).split()[3:8] == ["0", "0", "1", "0", "0"]
+    with pytest.raises(grm.TaskError, match=r"sft.jsonl:1: the response cannot be used: missing boxes"):
+        check(sft=[demonstration | {"response": "\\boxed{3}"}])
+    with pytest.raises(grm.TaskError, match=r"does not know 4.4% of the words, such as \['zebra', 'quagga'\]"):
+        check(test_b=[pair("zebra", "quagga lima", "0", "0", "0")])
+
+
+def test_check_is_a_command_of_grm(tmp_path, monkeypatch):
+    """A traceback; an exit code of 0 for what train.py refuses; a model asked for where none is."""
+    for name in ("criteria.md", "train.jsonl"):
+        shutil.copy(NOTES / name, tmp_path)
+    monkeypatch.setattr(sys, "argv", ["check.py", str(tmp_path)])
+    with pytest.raises(SystemExit, match=r"holds no test\*\.jsonl to evaluate on"):
+        load("check").main()
+    shutil.copy(NOTES / "test_random.jsonl", tmp_path)
+    done = subprocess.run([sys.executable, ROOT / "grm.py", "check", tmp_path], capture_output=True, text=True)
+    assert done.returncode == 0 and "no model, so no tokens" in done.stdout and not done.stderr
+    assert "overlap  test_random           0.458" in done.stdout
+
+
 def test_pretrained_takes_files_and_runs_nothing(tmp_path, monkeypatch, capsys):
     """Code of a package in the model's folder, a licence left behind, a folder written over, half a folder left there."""
     pretrained = load("pretrained")
@@ -145,7 +365,8 @@ def test_baselines(source, tmp_path, monkeypatch, capsys):
         query, document = (encoder(x).last_hidden_state[0].mean(0) for x in ids)
         assert cosine == pytest.approx(torch.cosine_similarity(query, document, dim=0).item(), abs=1e-5)
     chorus(monkeypatch, "baselines", "--task", tmp_path / "task", "--encoder", folder)
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:5]] == ["majority", "always", "idf", "cosine"]
+    rows = [line.split()[0] for line in capsys.readouterr().out.splitlines()[2:6]]
+    assert rows == ["majority", "overlap", "always", "cosine"]
     with pytest.raises(SystemExit, match="nowhere: cannot be loaded"):
         chorus(monkeypatch, "baselines", "--task", tmp_path / "task", "--encoder", "/nowhere")
 

@@ -1,11 +1,14 @@
 """rollout.py: the tree against the naive forward, row by row, and the sampler against naive draws."""
 
+import copy
 import gc
+import importlib
 import os
 import re
 import shutil
 import subprocess
 import sys
+from unittest import mock
 
 import conftest
 import cuda_standin
@@ -42,14 +45,13 @@ def some_answers(prompts, group):
 
 
 def naive(model, prompts, answers, temperature=1.0):
-    """Hidden states, logits and log-probabilities of the answers' tokens, each row alone through the plain forward."""
+    """Logits and log-probabilities of the answers' tokens, each row alone through the plain forward."""
     parts = []
     for prompt, group in zip(prompts, answers, strict=True):
         for answer in group:
-            out = model(torch.tensor([prompt + answer]), output_hidden_states=True)
-            hidden, logits = (x[0, len(prompt) - 1 : -1] for x in (out.hidden_states[-1], out.logits.float()))
+            logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1].float()
             logps = torch.log_softmax(logits / temperature, -1)
-            parts.append((hidden, logits, logps.gather(1, torch.tensor(answer)[:, None])[:, 0]))
+            parts.append((logits, logps.gather(1, torch.tensor(answer)[:, None])[:, 0]))
     return [torch.cat(values) for values in zip(*parts, strict=True)]
 
 
@@ -62,13 +64,14 @@ def relative(a, b, least=1e-12):
     return float((a - b).detach().abs().max() / b.detach().abs().max().clamp(min=least))
 
 
-def compare_gradients(architecture, prompts, answers, checkpointing=False):
-    """Hidden states, log-probabilities and the gradient of every parameter."""
-    plain, packed = make_model(architecture, tree=False), make_model(architecture)
+def compare_gradients(architecture, prompts, answers, checkpointing=False, **changes):
+    """Logits, log-probabilities and the gradient of every parameter."""
+    plain, packed = (make_model(architecture, tree, **changes) for tree in (False, True))
     if checkpointing:
         packed.train().activation_checkpointing_enable()
-    hidden, _, expected = naive(plain, prompts, answers)
-    assert relative(rollout.answer_hidden(packed, rollout.Tree(prompts, answers)), hidden) < 1e-5
+    logits, expected = naive(plain, prompts, answers)
+    hidden = rollout.answer_hidden(packed, rollout.Tree(prompts, answers))
+    assert relative(packed.get_output_embeddings()(hidden), logits) < 1e-5
     got = through_tree(packed, prompts, answers)
     assert relative(got, expected) < 1e-5
     weights = torch.linspace(-1, 2, len(expected))
@@ -110,14 +113,21 @@ def assert_same(a, b):
     torch.testing.assert_close(a.label_logits_AY, b.label_logits_AY, atol=2e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("architecture", [*ARCHITECTURES, "gpt2"])
+# Factors on logits and elsewhere: Granite divides by its own, Cohere multiplies.
+GRANITE = {"logits_scaling": 8.0, "embedding_multiplier": 3.0, "residual_multiplier": 0.5, "attention_multiplier": 0.2}
+FACTORS = {"granite": GRANITE, "granitemoe": GRANITE, "cohere": {"logit_scale": 0.25}}
+
+
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, "gpt2", *FACTORS])
 def test_every_architecture_trains_and_samples_as_the_plain_forward(architecture):
-    """A keyword that a model does not hand down, or a position that it counts itself, would change the result; a temperature
-    that sampler and trainer do not share would move the ratio between them from 1."""
-    compare_gradients(architecture, UNEQUAL, some_answers(UNEQUAL, 3))
-    model = make_model(architecture)
+    """A keyword that a model does not hand down, a position that it counts itself or a factor behind its head would change the
+    result; a temperature that sampler and trainer do not share would move the ratio between them from 1."""
+    changes = FACTORS.get(architecture, {})
+    compare_gradients(architecture, UNEQUAL, some_answers(UNEQUAL, 3), **changes)
+    model = make_model(architecture, **changes)
+    assert rollout.check_model(model, 128) < 1e-5
     out = sample(model, UNEQUAL, group_size=3, temperature=0.8)
-    _, logits, logprobs = naive(make_model(architecture, tree=False), UNEQUAL, out.answers, 0.8)
+    logits, logprobs = naive(make_model(architecture, tree=False, **changes), UNEQUAL, out.answers, 0.8)
     torch.testing.assert_close(out.logprobs_A, logprobs, atol=2e-5, rtol=1e-5)
     torch.testing.assert_close(through_tree(model, UNEQUAL, out.answers, 0.8), logprobs, atol=2e-5, rtol=1e-5)
     torch.testing.assert_close(out.label_logits_AY, logits[:, LABELS], atol=5e-5, rtol=1e-5)
@@ -250,7 +260,7 @@ def test_engine_equals_naive_forward(budgets):
     engine = rollout.Engine(make_model("qwen3"), 9, LABELS, 9, *budgets)
     answers, label_logits = engine.generate(prompts)
     assert_same(engine.sample(prompts, group_size=2, seed=3), sample(engine.model, prompts, group_size=2, eos_id=9))
-    _, logits, _ = naive(make_model("qwen3", tree=False), prompts, [[answer] for answer in answers])
+    logits, _ = naive(make_model("qwen3", tree=False), prompts, [[answer] for answer in answers])
     expected = logits[:, LABELS].split([len(answer) for answer in answers])
     assert len({*map(len, answers)}) > 1, "lengths must differ, or nothing is cut wrong"
     assert logits.argmax(-1).tolist() == [token for answer in answers for token in answer]
@@ -281,7 +291,7 @@ def test_prompts_at_once_fill_the_cache():
     for budget in range(52, 400):  # the common prefix; of each prompt 6 tokens at most, and two answers
         count = rollout.prompts_at_once(UNEVEN, 2, 20, budget)
         assert 6 + count * (6 + 2 * 20) <= budget < 6 + (count + 1) * (6 + 2 * 20)
-    with pytest.raises(ValueError, match=r"cache_tokens \(51\): a group of 2 answers needs 52"):
+    with pytest.raises(ValueError, match="cache_tokens is 51, and a group of 2 answers needs 52"):
         rollout.prompts_at_once(UNEVEN, 2, 20, 51)
 
 
@@ -346,7 +356,7 @@ def test_bf16_training(kernel, architecture):
     kernels. The gradient stays within bfloat16's rounding of float32's, the log-probabilities are float32."""
     answers = some_answers(UNEQUAL, 3)
     plain, packed = (make_model(architecture, tree, initializer_range=0.08).float() for tree in (False, True))
-    naive(plain, UNEQUAL, answers)[2].mean().backward()
+    naive(plain, UNEQUAL, answers)[1].mean().backward()
     with torch.autocast("cpu", torch.bfloat16):
         logprobs_A = through_tree(packed, UNEQUAL, answers)
     logprobs_A.mean().backward()
@@ -375,18 +385,60 @@ def test_bf16_sampling_and_its_memory(kernel):
     (lambda: sample(make_model("qwen3"), [[5, 6]], eos_id=None), "eos_id"),
     (lambda: sample(make_model("qwen3"), [[5, 6]], max_new_tokens=127), "need 129 tokens, the context has 128"),
     (lambda: sample(make_model("qwen3").train(), [[5, 6]]), "eval mode"),
-    (lambda: sample(make_model("mistral", sliding_window=4), [[5, 6]]), "MistralAttention: .*window"),
+    (lambda: sample(make_model("mistral", sliding_window=4), [[5, 6]]), "MistralAttention: .*no sliding_window$"),
+    (lambda: through_tree(make_model("qwen3", attention_dropout=0.1).train(), [[5, 6]], [[[7, 8]]]), "no dropout$"),
     (lambda: make_model("qwen3")(torch.tensor([[5, 6]])), r"call the model by rollout\.sample or rollout\.Policy"),
-    (lambda: make_model("gemma2"), "Gemma2ForCausalLM: soft-capping"),
-    (lambda: make_model("qwen2", use_sliding_window=True, sliding_window=4, max_window_layers=0), "sliding"),
-    (lambda: make_model("gptj"), "GPTJForCausalLM: its attention cannot be replaced"),
-    (lambda: make_model("phi"), "PhiForCausalLM: an output head with a bias"),
 ])  # fmt: skip
 def test_what_cannot_be_computed_is_refused(call, message):
     """Before any work, each with what to change. In train mode dropout would sample from another model than the one trained;
     without a tree a model would have no causal mask."""
     with pytest.raises(ValueError, match=message):
         call()
+
+
+LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+LONGROPE["original_max_position_embeddings"] = 64
+BY_LAYER = {"full_attention": LONGROPE, "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}
+CAPPED = {"attn_logit_softcapping": None, "final_logit_softcapping": 30.0, "initializer_range": 0.02}
+
+
+@pytest.mark.parametrize(("architecture", "changes", "longest", "reason"), [
+    # Its own layers mix what lies side by side in the packed row, or call attention twice.
+    ("lfm2", {"layer_types": ["conv", "full_attention"]}, 15, r"logits are others: apart by \d\.\de[+-]\d+ in"),
+    ("diffllama", {}, 15, "logits are others: apart by"),
+    ("gemma2", CAPPED, 15, "logits are others: apart by"),  # small logits, which the cap would not touch
+    # What attention is asked for; Doge's own mask changes nothing in a fresh model.
+    ("gemma2", {}, 15, "Gemma2Attention: tree attention has no softcap$"),
+    ("gpt_oss", {}, 15, "has no s_aux$"),
+    ("doge", {}, 15, "has no attention_mask$"),
+    ("nemotron", {}, 15, "fails under tree attention: .*it hands no keywords down"),
+    ("gptj", {}, 15, "GPTJForCausalLM: its attention cannot be replaced"),
+    ("phi", {}, 15, "PhiForCausalLM: an output head other than"),
+    # What depends on length.
+    ("mistral", {"sliding_window": 20}, 20, None),
+    ("mistral", {"sliding_window": 20}, 21, "behind 20 tokens"),
+    ("phi3", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 64}, 64, None),
+    ("phi3", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 64}, 65, "behind 64 tokens"),
+    ("gemma3_text", {"rope_parameters": BY_LAYER, "sliding_window": 100}, 64, None),
+    ("gemma3_text", {"rope_parameters": BY_LAYER, "sliding_window": 100}, 65, "behind 64 tokens"),
+    ("qwen3", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, 129, "behind 128 tokens"),
+])  # fmt: skip
+def test_check_model_refuses_what_differs(architecture, changes, longest, reason):
+    """A model that is sampled or trained as another one than it is, of which nothing would be seen."""
+    model = make_model(architecture, tree=False, **copy.deepcopy(changes))  # a configuration changes its dictionaries
+    if reason is None:
+        assert rollout.check_model(model, longest) < 1e-5 and sample(model, UNEQUAL).answers
+    else:
+        with pytest.raises(rollout.UnsupportedModelError, match=reason):
+            rollout.check_model(model, longest)
+
+
+def test_an_adapter_is_refused_with_the_way_out():
+    """PEFT's wrapper has a base_model of its own, without the last hidden state."""
+    model = make_model("qwen3", tree=False)
+    model.get_base_model = lambda: model
+    with pytest.raises(rollout.UnsupportedModelError, match=r"use get_base_model\(\)"):
+        rollout.check_model(model, 15)
 
 
 @pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 8), (torch.bfloat16, 12), (torch.float16, 264)])
@@ -425,6 +477,39 @@ def test_bench_prints_every_part():
     for name in ("sampling 8 ", "sampling 16 ", "model.generate", "its decoding", "all of", "training 16 ", "padded rows"):
         assert name in out
     assert "padded, answer logits" in out and "vocabulary 152,000" in out and "1.0x" in out and "against 8 tokens: " in out
+
+
+def test_check_says_it_of_any_folder(tmp_path):
+    """`python rollout.py --check`: from a configuration alone, each in a line, and the exit code."""
+    for name, changes in {"gemma2": {}, "gemma3_text": {"sliding_window": 77}}.items():
+        make_model(name, tree=False, **changes).config.save_pretrained(tmp_path / name)
+    folders = [NOTES / "model", tmp_path / "gemma3_text", tmp_path / "gemma2", tmp_path]
+    command = [sys.executable, ROOT / "rollout.py", "--check", *folders]
+    out = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    verdicts = [
+        r"agrees: \d\.\de-0\d",
+        r"agrees: \d\.\de-0\d, up to 77 tokens",
+        "refused: .* no softcap",
+        "cannot be loaded: .*",
+    ]
+    expected = "".join(f"{folder}: {verdict}\n" for folder, verdict in zip(folders, verdicts, strict=True))
+    assert re.fullmatch(expected, out.stdout) and out.returncode == 1, out.stdout + out.stderr
+
+
+def test_the_table_tries_every_kind_of_layer(monkeypatch):
+    """A family whose tiny model has lost the layers, or the factor, in which it differs would be called right."""
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    families = importlib.import_module("families")
+    verdicts, _ = families.check_family("lfm2")
+    assert [verdicts[""][0], verdicts[" with conv layers"][0]] == [True, False]
+    verdicts, _ = families.check_family("granite")
+    assert {" with logits_scaling", " with mlp_bias"} <= {*verdicts} and all(agrees for agrees, _ in verdicts.values())
+    assert families.check_family("gemma3")[0] == {"": (True, mock.ANY)}  # its settings lie in another's
+    kind = families.CONFIG_MAPPING["gemma3_text"]
+    settings = families.shrink(kind().to_dict())
+    assert settings["layer_types"] == ["sliding_attention", "full_attention"] * 2
+    spreads = [model.lm_head.weight.std().item() for model in families.build(kind, settings)]
+    assert spreads == [pytest.approx(0.02, rel=0.1), pytest.approx(0.3, rel=0.1)]
 
 
 def test_gpu_check_compares_a_real_model(tmp_path):

@@ -147,6 +147,13 @@ def test_bf16_samples_are_scored_alike():
         assert (scored_A.cpu() - out.logprobs_A.cpu()).abs().max() < 0.15
 
 
+def test_a_model_agrees_with_itself_on_cuda():
+    """check_model in bfloat16, which `grm.py score` runs there: graphs and kernels against eager attention."""
+    for kind, changes in {"qwen3": {}, "granite": {"logits_scaling": 8.0}}.items():
+        model = make_model(kind, head_dim=16, **changes).to("cuda", torch.bfloat16)
+        assert rollout.check_model(model, 64) < 0.05 and model.config._attn_implementation == "tree"
+
+
 def test_a_run_on_cuda(tmp_path, monkeypatch):
     """SFT and RL with bf16 compute over float32 master weights, and a bf16 export."""
     flags = [f"--task={NOTES}", f"--out={tmp_path / 'run'}", "--sft_steps=20", "--rl_steps=3", "--eval_every=0"]
