@@ -219,14 +219,14 @@ def reason_first(task):
         (task / name).write_text("".join((NOTES / name).read_text().splitlines(keepends=True)[:20]))
 
 
-def merging(task):
+def merging(task, folder=None):
     """A teacher whose tokenizer has "{-" as one token, and knows every word; short criteria, since it spells."""
     front = (task / "criteria.md").read_text().split("---")[1]
     (task / "criteria.md").write_text(f"---{front}---\nClose with \\boxed{{grade}}.\n")
     tokenizer = byte_level_bpe(["x{-1}y{-2}z{-3}"] * 5)
     model = make_model("qwen3", tree=False, vocab_size=len(tokenizer), max_position_embeddings=2048, initializer_range=0.1)
     for model_or_tokenizer in (model, tokenizer):
-        model_or_tokenizer.save_pretrained(task.parent / "teacher")
+        model_or_tokenizer.save_pretrained(folder or task.parent / "teacher")
 
 
 def scripted_teacher(task, monkeypatch, *flags, broken=()):
@@ -541,18 +541,9 @@ def other_ends(task):
     (task.parent / "teacher" / "generation_config.json").write_text('{"eos_token_id": [2, 7]}')
 
 
-def other_language(task):
-    """Pairs of which a byte-level tokenizer, as the teacher has one, can write all, and the student's next to nothing."""
-    merging(task)
-    (task / "train.jsonl").write_text(json.dumps({"query": "bluse", "document": "hose " * 400}))
-
-
-def zebras(task):
-    """The reverse: the teacher knows no word."""
-    shutil.copytree(task.parent / "teacher", task / "knows nothing")
-    merging(task)
-    (task.parent / "teacher").rename(task / "speller")
-    (task / "knows nothing").rename(task.parent / "teacher")
+def only_spelled(task):
+    """Pairs of words that only a byte-level tokenizer, as that of task/speller, can write."""
+    merging(task, task / "speller")
     (task / "train.jsonl").write_text(json.dumps({"query": "bluse", "document": "hose " * 400}))
 
 
@@ -567,8 +558,8 @@ REFUSALS = {
     "on-policy without samples": (None, "--on_policy", "the label loss has no samples"),
     "no teacher": (None, "--teacher=runs/nothing/model", "^runs/nothing/model: there is no such folder$"),
     "other ends": (other_ends, "--loss=js --student={task}/model", r"end with the ids \[2, 7\], .* \[2\]; use --loss label"),
-    "student's words": (other_language, "", r"task/student: its tokenizer does not know .*'bluse', 'hose'"),
-    "teacher's words": (zebras, "--student={task}/speller", r"/teacher: its tokenizer does not know .*'bluse', 'hose'"),
+    "student's words": (only_spelled, "--teacher={task}/speller", "task/student: .* does not know .*'bluse', 'hose'"),
+    "teacher's words": (only_spelled, "--student={task}/speller", "/teacher: .* does not know .*'bluse', 'hose'"),
     "positions": (encoder, "--student={task}/encoder --max_length=40", "fails at --max_length 40: index 40 is out"),
     "no separator": (lambda task: decoder(task, ""), "--student={task}/decoder", "puts nothing between query and document"),
     "cache too small": (None, "--cache_tokens=10 --loss=js --student={task}/model", "cache_tokens is 10, and a group"),

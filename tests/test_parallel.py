@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import re
 import shutil
 import signal
@@ -253,18 +252,6 @@ def test_one_process_needs_no_group():
     assert ranks.sum(2.5) == 2.5 and torch.equal(ranks.sum(torch.ones(2)), torch.ones(2))
     assert ranks.gather({"a": None}) == [{"a": None}] and ranks.equalize([1, 2], empty=0) == [1, 2]
     assert torch.equal(ranks.gather_rows(torch.eye(2)), torch.eye(2)) and ranks.sampling_share(3) == slice(0, 3)
-
-
-def test_shares_cover_everything_once(monkeypatch):
-    """Shares of any count are disjoint, ordered, and differ by at most one."""
-    rng = random.Random(0)
-    for _ in range(50):
-        world, count, pieces = rng.randint(1, 9), rng.randint(0, 40), []
-        for rank in range(world):
-            ranks = object.__new__(parallel.Ranks)
-            ranks.rank, ranks.world = rank, world
-            pieces.append([*range(count)][ranks.share(count)])
-        assert [i for piece in pieces for i in piece] == [*range(count)] and max(map(len, pieces)) - min(map(len, pieces)) <= 1
 
 
 def test_interrupt_reaches_all_ranks(task, tmp_path):

@@ -228,16 +228,13 @@ def test_rl_raises_the_reward(task, tmp_path, monkeypatch):
     answer_first(task)
     flags = ["--sft_steps=60", "--sft_lr=2e-3", "--rl_steps=30", "--lr=1e-3", "--group_size=8", "--prompts_per_step=4"]
     run(monkeypatch, task, tmp_path / "a", *flags, "--sft_batch=8", "--eval_every=0")
-    steps = {r["step"]: r for r in lines(tmp_path / "a" / "metrics.jsonl") if r["stage"] == "rl"}
-    rewards = [r["reward"] for r in steps.values()]
-    samples = lines(tmp_path / "a" / "samples.jsonl")
-    assert [row["step"] for row in samples] == [1, 1, 11, 11, 21, 21]
-    for best, worst in zip(samples[::2], samples[1::2], strict=True):  # of a group with a signal, if there is one
-        signal_there = steps[best["step"]]["frac_zero_std"] < 1
-        assert (best["advantage"] > 0 > worst["advantage"], best["reward"] > worst["reward"]) == (signal_there,) * 2
-        assert best["steps"][0]["credit"] == best["advantage"]
+    rewards = [r["reward"] for r in lines(tmp_path / "a" / "metrics.jsonl") if r["stage"] == "rl"]
     assert rewards[0] < 0.8 and rewards[-1] > 0.95
-    assert json.loads((tmp_path / "a" / "summary.json").read_text())["rl"]["test_random"]["accuracy"] == 1.0
+    summary = json.loads((tmp_path / "a" / "summary.json").read_text())
+    assert summary["rl"]["test_random"]["accuracy"] == 1.0 and summary["before_rl"]["reward"] == rewards[0]
+    samples = lines(tmp_path / "a" / "samples.jsonl")
+    assert [row["step"] for row in samples] == [1, 1, 11, 11, 21, 21] and samples[0]["reward"] > samples[1]["reward"]
+    assert all(step["credit"] == row["advantage"] for row in samples for step in row["steps"])
 
 
 def test_chances_before_rl(capsys):
