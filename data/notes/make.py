@@ -36,7 +36,7 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, pr
 from transformers import ModernBertConfig, PreTrainedTokenizerFast, Qwen3Config
 
 SEED = 20260
-SIZES = {"sft": 7500, "train": 4500, "test_random": 500, "test_longtail": 500, "unlabelled": 3500}
+SIZES = {"sft": 7500, "train": 4500, "test_random": 500, "test_longtail": 500, "unlabelled": 4000}
 NOTES_A_QUERY = 10  # in the test sets
 FORMS = ["rule-by-rule", "initial-calibrated-final"]
 
@@ -66,12 +66,12 @@ TRAITS = {
     "safety": (["unsafe", "scam"], -3),
 }
 
-# How notes and queries say it, divided by bars. An aside stands behind the topic, in its sentence.
+# How notes and queries say it. An aside stands behind the topic, in its sentence.
 ASIDES = {"place": "in {}|around {}", "season": "in {}|this {}", "audience": "for {}|with {}"}
 QUERIES = "{}|{}|best {}|{} tips"
 SENTENCES = {
     "topic": "My notes on {}.|All about {}.|{}, finally!|A whole day of {}.|I dream of {}.",
-    "place": "We were in {}.|Greetings from {}!|I live in {} now.|{} is the place for it.",
+    "place": "We were in {}.|Greetings from {}!|Just back from {}.|{} is the place for it.",
     "season": "It was {}.|{} is the time for it.|We do it every {}.|Wait for {}!",
     "audience": "Perfect for {}.|{} will love it.|I went with {}.|Made for {}, I think.",
     "promotion": "This is a {} post.|Marked as {}.|A {} note, to be clear.|My first {} post!",
@@ -82,29 +82,24 @@ SENTENCES = {
     "safety": "One word: {}.|{}, if you ask me.|I can only say: {}!",
 }
 FILLER = (
-    "I took far too many photos.|We came home late and happy.|My sister told me to go."
-    "|Part two follows next week.|Ask me anything below.|It rained all afternoon."
-    "|Save this for later.|Thank you for reading.|This made my week.|Nobody had warned me."
-    "|We got lost on the way.|I forgot my umbrella.|More of this soon.|Our friends joined us later."
-    "|I was nervous at first.|The queue was long.|It took me three tries.|My diary is full of it."
-    "|I would do it again.|We laughed a lot.|What do you think?|I still talk about it.|The music was a bit loud."
+    "Ask me anything below.|I forgot my umbrella.|I still talk about it.|I took too many photos."
+    "|I was nervous at first.|I would do it again.|It rained all afternoon.|It took me three tries."
+    "|More of this soon.|My diary is full of it.|My sister told me to go.|Nobody had warned me."
+    "|Our friends joined us later.|Part two follows next week.|Save this for later.|So much fun!"
+    "|Thank you for reading.|The music was a bit loud.|The queue was long.|This made my week."
+    "|We came home late and happy.|We got lost on the way.|We laughed a lot.|What do you think?"
 )
 
 # How often the generic annotator applies each rule. Facts (same, silent, ...) it states correctly.
 ANNOTATOR = {"topic": 0.95, "silent": 0.30, "contradicted": 0.25, "promotion": 0.15}
 ANNOTATOR |= dict.fromkeys(TRAITS, 0.25)
 
-RULES = {  # a step each
-    "topic": (
-        "Topic: the same topic gets 3, a related topic of the same category gets 1, "
-        "any other topic gets -1."
-    ),
-    "constraints": (
-        "Constraints: a query can ask for a place, a season and an audience. "
-        "Every constraint that the note is silent about costs\n"
-        "one grade, but never below 0. A contradicted constraint caps the grade at 0. "
-        "A grade of -1 stays."
-    ),
+RULES = {
+    "topic": "Topic: the same topic gets 3, a related topic of the same category gets 1, any other "
+    "topic gets -1.",
+    "constraints": "Constraints: a query can ask for a place, a season and an audience. Every "
+    "constraint that the note is silent about costs\none grade, but never below 0. A contradicted "
+    "constraint caps the grade at 0. A grade of -1 stays.",
     "promotion": "Promotion: a note that is sponsored, gifted or affiliate is capped at 1.",
     "language": "Language: a note in dutch or finnish costs one grade, but never below 0.",
     "price": "Price: a note about something cheap or a bargain gains one grade, but never above 3.",
@@ -114,28 +109,10 @@ RULES = {  # a step each
 }
 NUMBERS = ["one", "two", "three", "four", "five", "six", "seven", "eight"]
 
-TRAIN = """{
-  "max_new_tokens": %d,
-  "eval_every": 40,
-  "sft_steps": 1400,
-  "sft_batch": 16,
-  "sft_lr": 1.5e-3,
-  "rl_steps": 120,
-  "prompts_per_step": 16,
-  "group_size": 8,
-  "lr": 2e-4
-}
-"""
-
-DISTILL = """{
-  "pairs": "train.jsonl,sft.jsonl,unlabelled.jsonl",
-  "samples": 1,
-  "max_new_tokens": %d,
-  "steps": 6500,
-  "batch": 32,
-  "lr": 2e-3
-}
-"""
+TRAIN = {"eval_every": 40, "sft_steps": 1400, "sft_batch": 16, "sft_lr": 1.5e-3}
+TRAIN |= {"rl_steps": 120, "prompts_per_step": 16, "group_size": 8, "lr": 2e-4}
+DISTILL = {"pairs": "train.jsonl,sft.jsonl,unlabelled.jsonl", "samples": 1}
+DISTILL |= {"steps": 6500, "batch": 32, "lr": 2e-3}
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -177,14 +154,14 @@ def draw_query(rng, rare_weight):
     weights = [rare_weight if t in RARE_TOPICS else 1.0 for t in topics]
     asked = {"topic": rng.choices(topics, weights)[0]}
     asked |= {name: rng.choice(x) for name, x in CONSTRAINTS.items() if rng.random() < 0.6}
-    parts = [*asked.values()]
-    if rng.random() < 0.5:  # words in any order
-        rng.shuffle(parts)
-    else:  # a phrase
-        parts = [say(rng, ASIDES[name], value) for name, value in [*asked.items()][1:]]
-        rng.shuffle(parts)
-        parts.insert(0, say(rng, QUERIES, asked["topic"]))
-    return asked, " ".join(parts)
+    topic, *words = asked.values()
+    if rng.random() < 0.5:
+        words = [say(rng, ASIDES[name], asked[name]) for name in asked if name != "topic"]
+        rng.shuffle(words)
+        return asked, " ".join([say(rng, QUERIES, topic), *words])
+    words.insert(0, topic)
+    rng.shuffle(words)
+    return asked, " ".join(words)
 
 
 def draw_pair(rng, query, traits):
@@ -201,45 +178,42 @@ def draw_pair(rng, query, traits):
 
     facts = {}
     for name, values in CONSTRAINTS.items():
-        want, have, status = "any", "none", "any"
-        if name in asked:
-            want = asked[name]
+        want, have, status = asked.get(name, "any"), "none", "any"
+        if want == "any":
+            have = rng.choice(values) if rng.random() < 0.3 else "none"
+        else:
             status = rng.choices(["match", "silent", "contradicted"], [0.45, 0.30, 0.25])[0]
-            if status != "silent":
-                have = want if status == "match" else rng.choice([v for v in values if v != want])
-        elif rng.random() < 0.3:
-            have = rng.choice(values)
+        if status == "match":
+            have = want
+        elif status == "contradicted":
+            have = rng.choice([v for v in values if v != want])
         facts[name] = (want, have, status)
         told[name] = have
-    told["promotion"] = "none"
-    if rng.random() < 0.45:
-        told["promotion"] = rng.choices(PROMOTION, [0.45, 0.45, 0.10])[0]
-    words = {
-        name: rng.choice(TRAITS[name][0]) if rng.random() < 0.35 else "none" for name in traits
-    }
+    promotion = rng.choices(PROMOTION, [0.45, 0.45, 0.10])[0] if rng.random() < 0.45 else "none"
+    words = {t: rng.choice(TRAITS[t][0]) if rng.random() < 0.35 else "none" for t in traits}
+    told |= {"promotion": promotion} | words
     return {
         "query": query,
-        "texts": {"query": text, "document": write_note(rng, told | words)},
+        "texts": {"query": text, "document": write_note(rng, told)},
         "topics": (topic, told["topic"], relation),
         "constraints": facts,
-        "promotion": told["promotion"],
+        "promotion": promotion,
         "traits": words,
     }
 
 
 def say(rng, phrasings, value):
-    """One of the phrasings of a value."""
+    """A value in one of its phrasings."""
     return rng.choice(phrasings.split("|")).format(value)
 
 
 def write_note(rng, told):
-    """A note as a person writes it, of values by name, of which some are "none"."""
-    sentences = rng.sample(FILLER.split("|"), rng.randint(0, 2))
-    asides = []
+    """A note as a person writes it, of what it tells by name, which may be "none"."""
+    asides, sentences = [], rng.sample(FILLER.split("|"), rng.randint(0, 2))
     for name, value in told.items():
-        if name == "topic" or value == "none":
-            continue
         value = value.title() if name in ("place", "language") else value
+        if name == "topic" or value in ("none", "None"):
+            continue
         if name in ASIDES and rng.random() < 0.5:
             asides.append(say(rng, ASIDES[name], value))
         else:
@@ -478,29 +452,23 @@ def make(out, answer_format="reason-first", num_steps=3, error=None, form=FORMS[
     out.mkdir(parents=True, exist_ok=True)
     criteria = write_criteria(num_steps, answer_format, form)
     (out / "criteria.md").write_text(criteria, encoding="utf-8")
-    longest = 64 + 6 * max(0, num_steps - 3)
-    for name, text in {"train.json": TRAIN, "distill.json": DISTILL}.items():
-        (out / name).write_text(text % longest, encoding="utf-8")
+    longest = {"max_new_tokens": 64 + 6 * max(0, num_steps - 3)}
+    for name, settings in {"train": TRAIN, "distill": DISTILL}.items():
+        text = json.dumps(longest | settings, indent=2) + "\n"
+        (out / f"{name}.json").write_text(text, encoding="utf-8")
+    pairs, responses = [], []
     for name, records in make_records(random.Random(SEED), num_steps, error, form).items():
+        pairs += [f"{record['query']} {record['document']}" for record in records]
+        responses += [record.get("response", "") for record in records]
         if answer_format == "answer-first":
             records = map(answer_first, records)
         lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         (out / f"{name}.jsonl").write_text(lines, encoding="utf-8")
-    body = criteria.split("---\n", 2)[2]
-    frame = (
-        "found match silent contradicted any none same related other system user assistant query "
-        "document note place season audience topic promotion final : , . -1 0 1 2 3"
-    )
-    traits = {name: TRAITS[name][0] for name in list(TRAITS)[: max(0, num_steps - 3)]}
-    groups = [CATEGORIES, *CATEGORIES.values(), *CONSTRAINTS.values(), PROMOTION, *traits.values()]
-    said = [text for name, text in SENTENCES.items() if name not in TRAITS or name in traits]
-    said = "|".join([*said, *ASIDES.values(), QUERIES, FILLER, "an"])
-    groups.append(re.sub(r"\{}|\|", " ", said).split())
-    words = " ".join(word for group in groups for word in group)
-    tokenizer = make_tokenizer([body, frame, words])
+    frame = [criteria.split("---\n", 2)[2], "system user assistant query document -1 0 1 2 3"]
+    tokenizer = make_tokenizer([*frame, *pairs, *responses])
     tokenizer.save_pretrained(out / "model")
     make_config(tokenizer).save_pretrained(out / "model")
-    student_tokenizer = make_student_tokenizer([words])
+    student_tokenizer = make_student_tokenizer(pairs)
     student_tokenizer.save_pretrained(out / "student")
     make_student_config(student_tokenizer).save_pretrained(out / "student")
 
@@ -512,14 +480,10 @@ def main():
     formats = ["reason-first", "answer-first"]
     parser.add_argument("--out", type=Path, default=here, help="to write (default: this one)")
     parser.add_argument("--format", choices=formats, default=formats[0], help="of the answers")
-    parser.add_argument(
-        "--steps", type=int, choices=range(1, 9), default=3, help="business rules (default: 3)"
-    )
-    parser.add_argument(
-        "--error",
-        type=float,
-        help="how often the annotator misses a rule (default: by rule, 0.7 to 0.85)",
-    )
+    steps = {"type": int, "choices": range(1, 9), "default": 3}
+    parser.add_argument("--steps", **steps, help="business rules (default: 3)")
+    often = "how often the annotator misses a rule (default: by rule, 0.7 to 0.85)"
+    parser.add_argument("--error", type=float, help=often)
     parser.add_argument("--form", choices=FORMS, default=FORMS[0], help="of the steps")
     args = parser.parse_args()
     if args.error is not None and not 0 <= args.error <= 1:
