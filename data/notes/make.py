@@ -70,16 +70,16 @@ TRAITS = {
 ASIDES = {"place": "in {}|around {}", "season": "in {}|this {}", "audience": "for {}|with {}"}
 QUERIES = "{}|{}|best {}|{} tips"
 SENTENCES = {
-    "topic": "My notes on {}.|All about {}.|{}, finally!|A whole day of {}.|I dream of {}.",
-    "place": "We were in {}.|Greetings from {}!|Just back from {}.|{} is the place for it.",
-    "season": "It was {}.|{} is the time for it.|We do it every {}.|Wait for {}!",
-    "audience": "Perfect for {}.|{} will love it.|I went with {}.|Made for {}, I think.",
-    "promotion": "This is a {} post.|Marked as {}.|A {} note, to be clear.|My first {} post!",
-    "language": "I wrote it in {}.|The text is in {}.|Only in {} this time.",
-    "price": "All at a {} price.|{} prices all over.|We got a {} deal.",
-    "freshness": "This is {} by now.|A {} post, sorry.|The photos are {}.",
-    "length": "A {} report.|I kept it {}.|Here is the {} version.",
-    "safety": "One word: {}.|{}, if you ask me.|I can only say: {}!",
+    "topic": "A whole day of {}.|All about {}.|I dream of {}.|My notes on {}.|{}, finally!",
+    "place": "Greetings from {}!|Just back from {}.|We were in {}.|{} is the place for it.",
+    "season": "It was {}.|Wait for {}!|We do it every {}.|{} is the time for it.",
+    "audience": "I went with {}.|Made for {}, I think.|Perfect for {}.|{} will love it.",
+    "promotion": "A {} note, to be clear.|Marked as {}.|My first {} post!|This is a {} post.",
+    "language": "All of it in {}.|I wrote it in {}.|Only in {} this time.|The text is in {}.",
+    "price": "All at a {} price.|My {} buy of the week.|We got a {} deal.|{} prices all over.",
+    "freshness": "A {} post, sorry.|Some of it is {}.|The photos are {}.|This is {} by now.",
+    "length": "A {} report.|Here is the {} version.|I kept it {}.|Read my {} diary.",
+    "safety": "I can only say: {}!|My verdict: {}.|One word: {}.|{}, if you ask me.",
 }
 FILLER = (
     "Ask me anything below.|I forgot my umbrella.|I still talk about it.|I took too many photos."
