@@ -7,13 +7,13 @@
 
 The world: a query names a topic and up to three constraints; a note is about one topic, may give
 values for constraints, may be promotion, and with `--steps` may have traits (`TRAITS`). `grades`
-below is the whole business logic, the same that criteria.md tells the model in words. Both are
-written as people write (`SENTENCES`, `ASIDES`, `FILLER`); every value is a word that stands nowhere
-else, so that a text says exactly what its labels say.
+below is the whole business logic, the same that criteria.md tells the model in words. Queries and
+notes are worded as people word them (`ASIDES`, `SENTENCES`, `FILLER`); a value is a word that
+stands nowhere else, so a text says what its labels say.
 
-The form: a step for each rule, or, as published for SAM, three scores whatever `--steps` is:
-initial, by topic and constraints; calibrated, after the special cases (promotion and traits); and
-final, which here repeats the calibrated one. There most steps share the final label.
+Steps: one for each rule, or with `--form`, as published for SAM, three scores however many rules
+there are: initial, by topic and constraints; calibrated, after the special cases (promotion and
+traits); final, which here repeats the calibrated one. There most steps have the pair's label.
 
 The demonstrations come from a *generic annotator*: it reads facts well and writes fluently, but
 knows this business's rules only now and then (`ANNOTATOR`). A model fine-tuned on them reasons in
@@ -56,6 +56,7 @@ CONSTRAINTS = {
 }
 PROMOTION = ["sponsored", "gifted", "affiliate"]
 RARE_PROMOTION = "affiliate"
+
 # Of the fourth step and those behind it: the words that give a note the trait, and how far that
 # moves the grade, between 0 and 3.
 TRAITS = {
@@ -208,7 +209,7 @@ def say(rng, phrasings, value):
 
 
 def write_note(rng, told):
-    """A note as a person writes it, of what it tells by name, which may be "none"."""
+    """A note as a person writes it. told: its topic and other values by name, or "none"."""
     asides, sentences = [], rng.sample(FILLER.split("|"), rng.randint(0, 2))
     for name, value in told.items():
         value = value.title() if name in ("place", "language") else value
