@@ -113,7 +113,7 @@ NUMBERS = ["one", "two", "three", "four", "five", "six", "seven", "eight"]
 TRAIN = {"eval_every": 40, "sft_steps": 1400, "sft_batch": 16, "sft_lr": 1.5e-3}
 TRAIN |= {"rl_steps": 120, "prompts_per_step": 16, "group_size": 8, "lr": 2e-4}
 DISTILL = {"pairs": "train.jsonl,sft.jsonl,unlabelled.jsonl", "samples": 1}
-DISTILL |= {"steps": 6500, "batch": 32, "lr": 2e-3}
+DISTILL |= {"steps": 6500, "batch": 32, "lr": 1.4e-3}
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
