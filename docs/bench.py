@@ -25,7 +25,8 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-sys.path[:0] = map(str, Path(__file__).resolve().parents[:2])  # docs/ for triton_decode
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # for triton_decode
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import rollout
 from parallel import chosen_bf16
 from rollout import Policy, Tree, sample, use_tree_attention
