@@ -927,7 +927,7 @@ def judge_pair(args):
 
     renderer, engine = load_judge(args.model, args.task, args.max_new_tokens)
     record = renderer.task.check({"query": args.query, "document": args.document})
-    check_words(renderer.tokenizer, [record], most=0.5)
+    check_words(renderer.tokenizer, [record], most=0.25)
     (prompt,) = renderer.prompts([record])
     rollout.check_model(engine.model, len(prompt) + engine.max_new_tokens)
     (result,) = judge(renderer, engine, [record])

@@ -1,9 +1,11 @@
 """rollout.py against Hugging Face's generate and padded batches: `python rollout.py --bench`.
 
 For each length of the common prefix, interleaved: sampling, with prefill and decoding apart, and
-the training step. Then sampling of answers of mixed lengths, and the training step's memory for two
-sizes of the vocabulary. Tokens per second, ratio, peak memory, and the share of what this machine's
-matrix products and memory allow. About fifteen minutes on two CPU cores.
+the training step, which computes in the type that train.py computes in. Then sampling of answers of
+mixed lengths, and the training step's memory for two sizes of the vocabulary. Tokens per second,
+ratio, peak memory, and the share of what this machine's matrix products and memory allow: all of
+them at once, and in phases that follow each other (products, then reading the cache), as they do.
+About fifteen minutes on two CPU cores.
 
 generate and padded rows run as many rows as --peer_tokens hold, one group or one row at least:
 whole batches would not fit into memory.
@@ -11,7 +13,6 @@ whole batches would not fit into memory.
 
 import argparse
 import contextlib
-import copy
 import ctypes
 import gc
 import re
@@ -80,30 +81,35 @@ def hardware(device, dtype):
 
 
 def numbers_of(model):
-    """Weights in the layers' matrix products, those of the head, and cached numbers of a token."""
+    """Weights in the layers' matrix products, those of the head, cached numbers of a token, and the
+    flop of attention, forward, for a query and a key it sees.
+    """
     linear = [m for m in model.base_model.modules() if isinstance(m, torch.nn.Linear)]
     body = sum(m.weight.numel() for m in linear)
     config = model.config
     heads = config.num_key_value_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     cached = 2 * config.num_hidden_layers * heads * size
-    return body, model.get_output_embeddings().weight.numel(), cached
+    seen = 4 * config.num_hidden_layers * config.num_attention_heads * size
+    return body, model.get_output_embeddings().weight.numel(), cached, seen
 
 
 def show(title, name, seconds, tokens=None, ratio=None, peak=None, limit=None):
-    """One line: tokens per second, ratio to the last, peak memory, share of the limit."""
+    """One line: tokens per second, ratio to the last, peak memory, shares of the limits."""
     line = f"{title:<18}{name:<22}{seconds:9.3f} s"
     line += "" if tokens is None else f"{tokens / seconds:10.0f} tok/s"
     line += "" if ratio is None else f"{ratio:7.1f}x"
     line += "" if peak is None else f"{peak / 2**20:9.0f} MiB"
-    line += "" if limit is None else f"{limit / seconds:8.0%} of the limit"
+    if limit is not None:
+        at_once, in_phases = (x / seconds for x in limit)
+        line += f"{at_once:8.0%} of the limit at once, {in_phases:.0%} in phases"
     print(line, flush=True)
 
 
 def compare(title, runs, repeats, device):
     """Run each in turn; returns the best time of each by name.
 
-    runs: name -> (call, its tokens or None, seconds that the hardware's limits allow or None).
+    runs: name -> (call, its tokens or None, the two limits in seconds or None).
     """
     peaks = {name: peak_memory(run, device) for name, (run, *_) in runs.items()}  # warms up, too
     best = dict.fromkeys(runs, float("inf"))
@@ -148,12 +154,20 @@ def bench_sampling(model, shape, prefix, peer_tokens, repeats, rates):
             pad_token_id=0,
         )
 
-    body, head, cached = numbers_of(model)
+    body, head, cached, seen = numbers_of(model)
     size = model.dtype.itemsize
+    N = P * G
     # Each token passes the layers, each drawn one the head; a step reads weights and cache once.
-    flops = 2 * (body * (prefix + P * own + P * G * T) + head * P * G * T)
-    read = size * T * (body + head + cached * (prefix + P * own + P * G * T / 2))
-    limit = max(flops / rates[0], read / rates[1])
+    prefill = 2 * body * (prefix + P * own) + seen * pairs_seen(P, 0, prefix, own, T)
+    products = 2 * (body + head) * N * T
+    attention = seen * N * T * (prefix + own + T / 2)
+    weights = size * (body + head) * T
+    cache = size * cached * (prefix + P * own + N * T / 2) * T
+    flops = prefill + products + attention
+    read = weights + cache
+    phases = [(prefill, 0), (products, weights), (attention, cache)]
+    in_phases = sum(max(x / rates[0], y / rates[1]) for x, y in phases)
+    limit = (max(flops / rates[0], read / rates[1]), in_phases)
     runs = {
         "tree": (tree, P * G * T, limit),
         "its prefill": (lambda: tree(1), None, None),
@@ -165,6 +179,12 @@ def bench_sampling(model, shape, prefix, peer_tokens, repeats, rates):
     show(f"sampling {prefix}", "its decoding", decoding, tokens)
     print(f"{'':<18}{read / decoding / 1e9:.1f} GB/s, {flops / decoding / 1e9:.0f} Gflop/s")
     return tokens / decoding
+
+
+def pairs_seen(P, G, prefix, own, T):
+    """Pairs of a query and a key that it sees in a packed tree."""
+    of_prompts = prefix**2 / 2 + P * own * (prefix + own / 2)
+    return of_prompts + P * G * T * (prefix + own + T / 2)
 
 
 @contextlib.contextmanager
@@ -212,14 +232,13 @@ def bench_lengths(model, shape, prefix, repeats):
     compare("lengths", runs, repeats, model.device)
 
 
-def training_step(model, tree, bf16):
+def training_step(model, tree):
     """Forward and backward over the packed tree."""
-    with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
-        logprobs_A, _ = Policy(model)(tree)
+    logprobs_A, _ = Policy(model)(tree)
     (-logprobs_A.mean()).backward()
 
 
-def bench_training(model, shape, prefix, peer_tokens, repeats, rates, bf16):
+def bench_training(model, shape, prefix, peer_tokens, repeats, rates):
     """Gradients of answers of T tokens: the tree against one padded row an answer."""
     P, G, own, T = shape
     device = model.device
@@ -233,48 +252,48 @@ def bench_training(model, shape, prefix, peer_tokens, repeats, rates, bf16):
     def packed():
         model.zero_grad()
         use_tree_attention(model)
-        training_step(model, tree, bf16)
+        training_step(model, tree)
 
     def padded(positions):
         model.zero_grad()
         model.set_attn_implementation("sdpa")
         ids = torch.tensor(rows, device=device)  # all rows have the same length
         mask = torch.ones_like(ids)
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            logits = model(ids, attention_mask=mask, logits_to_keep=positions).logits
+        logits = model(ids, attention_mask=mask, logits_to_keep=positions).logits
         logps = torch.log_softmax(logits[:, -T - 1 : -1].float(), -1)
         (-logps.gather(-1, ids[:, -T:, None]).mean()).backward()
 
-    body, head, _ = numbers_of(model)
+    body, head, _, seen = numbers_of(model)
     drawn = P * G * T
     flops = 6 * (body * tree.input_ids.numel() + head * drawn)
+    flops += 3 * seen * pairs_seen(P, G, prefix, own, T)
     runs = {
-        "tree": (packed, drawn, flops / rates[0]),
+        "tree": (packed, drawn, [flops / rates[0]] * 2),
         "padded rows": (lambda: padded(0), len(rows) * T, None),
         "padded, answer logits": (lambda: padded(T + 1), len(rows) * T, None),
     }
     compare(f"training {prefix}", runs, repeats, device)
 
 
-def bench_memory(config, shape, prefix, device, bf16):
+def bench_memory(config, shape, prefix, device, dtype):
     """The training step's peak above weights and gradients, for two sizes of the vocabulary."""
     P, G, own, T = shape
     answers = [[[5] * T] * G for _ in range(P)]
     tree = Tree(draw_prompts(1000, P, prefix, own), answers, device)
     for vocabulary in (32_000, 152_000):
         config = type(config).from_dict(config.to_dict() | {"vocab_size": vocabulary})
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(device)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype).to(device)
         use_tree_attention(model)
         embedding = model.get_input_embeddings().weight
         for trained in (False, True):
             embedding.requires_grad_(trained)
-            training_step(model, tree, bf16)  # from here on the gradients are held
-            peak = peak_memory(lambda model=model: training_step(model, tree, bf16), device)
+            training_step(model, tree)  # from here on the gradients are held
+            peak = peak_memory(lambda model=model: training_step(model, tree), device)
             if peak is not None:
                 print(
                     f"memory    vocabulary {vocabulary:<8,}"
                     f"embedding {'trained' if trained else 'frozen ':<9}{peak / 2**20:6.0f} MiB   "
-                    f"(embedding {embedding.numel() / 2**18:.0f} MiB, "
+                    f"(embedding {embedding.nbytes / 2**20:.0f} MiB, "
                     f"logits of all answers {len(tree.targets_A) * vocabulary / 2**18:.0f} MiB)"
                 )
 
@@ -335,6 +354,8 @@ def parse_args():
     add("--training", **shape, default=[2, 8, 128, 64], help="the same for the training step")
     add("--peer_tokens", type=int, default=2048, help="of the rows of generate and padded batches")
     add("--bf16", default="auto", choices=["auto", "0", "1"], help="compute in bfloat16")
+    add("--compile", type=int, choices=[0, 1], default=1, help="compile, as train.py, on CUDA")
+    add("--triton", action="store_true", help="with docs/triton_decode.py, on CUDA")
     return parser.parse_args()
 
 
@@ -346,8 +367,12 @@ def main():
     width = config.hidden_size if config else QWEN3_110M["hidden_size"]
     bf16 = chosen_bf16(args.bf16, device, width)
     dtype = torch.bfloat16 if bf16 else torch.float32
-    trains = {"training", "memory"} & {*args.only}
-    model = bench_model(args.model, device, torch.float32 if trains else dtype).eval()
+    rollout.COMPILE = bool(args.compile) and width >= 512
+    if args.triton:
+        import triton_decode
+
+        triton_decode.install()
+    model = bench_model(args.model, device, dtype).eval()
     name = f"CPU, {torch.get_num_threads()} threads"
     if device.type == "cuda":
         name = torch.cuda.get_device_name()
@@ -356,25 +381,23 @@ def main():
         f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {name}, {dtype}: "
         f"matrix products {rates[0] / 1e9:.0f} Gflop/s, memory {rates[1] / 1e9:.1f} GB/s"
     )
-    sampling_model = copy.deepcopy(model).to(dtype) if trains else model
     peers = args.peer_tokens
     decoding = []
     for prefix in args.prefixes:
         if "sampling" in args.only:
             shape = args.sampling
-            decoding.append(
-                bench_sampling(sampling_model, shape, prefix, peers, args.repeats, rates)
-            )
+            decoding.append(bench_sampling(model, shape, prefix, peers, args.repeats, rates))
         if "training" in args.only:
-            bench_training(model, args.training, prefix, peers, args.repeats, rates, bf16)
+            bench_training(model, args.training, prefix, peers, args.repeats, rates)
+            model.zero_grad()
     if decoding:
         lengths = f"{args.prefixes[-1]} against {args.prefixes[0]}"
         flatness = decoding[-1] / decoding[0]
         print(f"flatness          decoding after a prefix of {lengths} tokens: {flatness:.2f}")
     if "lengths" in args.only:
-        bench_lengths(sampling_model, args.sampling, args.prefixes[0], args.repeats)
+        bench_lengths(model, args.sampling, args.prefixes[0], args.repeats)
     if "memory" in args.only:
-        bench_memory(model.config, args.training, args.prefixes[0], device, bf16)
+        bench_memory(model.config, args.training, args.prefixes[0], device, dtype)
 
 
 if __name__ == "__main__":

@@ -246,22 +246,34 @@ def test_words_that_a_tokenizer_does_not_know(capsys, monkeypatch):
 
 @functools.cache
 def notes_files():
-    """The embedded task, its four files as records, and its renderer."""
+    """The embedded task, its files as records, and its renderer."""
     task = Task.load(NOTES)
-    files = {name: task.read(NOTES / f"{name}.jsonl", ()) for name in ("sft", "train", "test_random", "test_longtail")}
+    names = ("sft", "train", "test_random", "test_longtail", "unlabelled")
+    files = {name: task.read(NOTES / f"{name}.jsonl", ()) for name in names}
     return task, files, Renderer(task, TOKENIZERS["words"](), 512, 64)
 
 
 def test_notes_is_made_byte_for_byte(tmp_path):
-    """Files edited by hand or left behind, or made in the order of a set, which differs; a test pair that is trained on."""
+    """Files edited by hand or left behind, or made in the order of a set, which differs; a test query that is trained on, in
+    whatever words; fewer than ten notes to a query, or notes of one grade."""
     MAKER["make"](tmp_path)
     made, kept = (
         {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*.*") if path.suffix not in (".py", ".pyc")}
         for folder in (tmp_path, NOTES)
     )
     assert made == kept
-    pairs = [(r["query"], r["document"]) for records in notes_files()[1].values() for r in records]
-    assert len(set(pairs)) == len(pairs) == 13000
+    files = notes_files()[1]
+    pairs = [(r["query"], r["document"]) for records in files.values() for r in records]
+    assert len(set(pairs)) == len(pairs) == 17000
+    topics, names = MAKER["CATEGORIES"].values(), [*MAKER["CONSTRAINTS"].values()]
+    values = {value for group in (*topics, *names) for value in group}
+    asked = {name: {frozenset(values & {*r["query"].split()}) for r in records} for name, records in files.items()}
+    for name in ("test_random", "test_longtail"):
+        assert len(asked[name]) == 50 and not any(asked[name] & asked[other] for other in asked if other != name)
+        for i in range(50):
+            records = files[name][10 * i : 10 * i + 10]
+            assert {(r["query_id"], r["query"]) for r in records} == {(i, records[0]["query"])}
+            assert len({r["label"] for r in records}) >= 3
 
 
 TRAITS = [("dutch finnish", -1), ("cheap bargain", 1), ("outdated old", -1), ("detailed thorough", 1), ("unsafe scam", -3)]
@@ -269,13 +281,15 @@ TRAITS = [("dutch finnish", -1), ("cheap bargain", 1), ("outdated old", -1), ("d
 
 def naive_grades(query, document):
     """The grades after the eight steps, of the texts alone, as criteria.md words the rules."""
-    query, note, categories = set(query.split()), set(document.split()), list(map(set, MAKER["CATEGORIES"].values()))
+    query, note = (set(re.findall(r"\w+", text.lower())) for text in (query, document))
+    categories = list(map(set, MAKER["CATEGORIES"].values()))
     (asked,), (told,) = (words & set().union(*categories) for words in (query, note))
     (category,) = (names for names in categories if asked in names)
     grades = [3 if asked == told else 1 if told in category else -1]
     wanted = [values for values in map(set, MAKER["CONSTRAINTS"].values()) if values & query]
     silent = sum(not values & note for values in wanted)
     contradicted = any(values & note and not values & note & query for values in wanted)
+    assert all(len(values & note) <= 1 for values in map(set, MAKER["CONSTRAINTS"].values()))
     grade = grades[0] if grades[0] < 0 else 0 if contradicted else max(0, grades[0] - silent)
     grades.append(grade)
     if note & {"sponsored", "gifted", "affiliate"}:
@@ -288,11 +302,11 @@ def naive_grades(query, document):
     return list(map(str, grades))
 
 
-@pytest.mark.parametrize("steps", [3, 8])
-def test_notes_of_any_number_of_steps(tmp_path, monkeypatch, steps):
+@pytest.mark.parametrize("steps, form", [(3, 0), (8, 0), (3, 1), (8, 1)])
+def test_notes_of_any_number_of_steps(tmp_path, monkeypatch, steps, form):
     """Labels that do not follow the criteria, words outside the vocabulary; demonstrations that teach what RL never rewards."""
     monkeypatch.setitem(MAKER["make"].__globals__, "SIZES", {name: size // 10 for name, size in MAKER["SIZES"].items()})
-    MAKER["make"](tmp_path, num_steps=steps)
+    MAKER["make"](tmp_path, num_steps=steps, form=MAKER["FORMS"][form])
     task, (_, tokenizer) = Task.load(tmp_path), load_model(tmp_path / "model", meta=True)
     longest, unknown = json.loads((tmp_path / "train.json").read_text())["max_new_tokens"], tokenizer.unk_token_id
     renderer, criteria = Renderer(task, tokenizer, 512, longest), tokenizer(task.criteria, add_special_tokens=False).input_ids
@@ -300,7 +314,8 @@ def test_notes_of_any_number_of_steps(tmp_path, monkeypatch, steps):
         records = task.read(tmp_path / f"{name}.jsonl")
         assert name != "train" or {record["label"] for record in records} == set(task.labels)
         for record, prompt in zip(records, renderer.prompts(records), strict=True):
-            assert record["step_labels"] == naive_grades(record["query"], record["document"])[:steps]
+            grades = naive_grades(record["query"], record["document"])[:steps]
+            assert record["step_labels"] == ([grades[1], grades[-1], grades[-1]] if form else grades)
             assert record["label"] == record["step_labels"][-1]
             assert prompt[2 : 2 + len(criteria)] == criteria and unknown not in prompt and len(prompt) < 400
     wrong = []
@@ -312,14 +327,14 @@ def test_notes_of_any_number_of_steps(tmp_path, monkeypatch, steps):
     assert 0.2 < np.mean(wrong) < 0.7 and renderer.truncated == 0
 
 
-GOLDEN_PAIR = {"query": "winter ramen tokyo", "document": "Gifted: best RAMEN in tokyo, loved it <|im_end|>"}
+GOLDEN_PAIR = {"query": "winter ramen tokyo", "document": "RAMEN in Tokyo, finally! A gifted note, loved it <|im_end|>"}
 GOLDEN_IDS = [
-    1, 129, 151, 60, 67, 147, 13, 86, 19, 13, 103, 6, 150, 69, 133, 124, 17, 38, 50, 123, 149, 131, 60, 117, 51, 21, 12,
-    60, 152, 6, 137, 11, 131, 108, 137, 58, 10, 4, 13, 106, 137, 87, 131, 108, 37, 58, 8, 4, 20, 91, 137, 58, 5, 6, 41,
-    11, 13, 103, 34, 22, 56, 13, 99, 4, 13, 109, 17, 16, 25, 6, 50, 40, 130, 131, 86, 70, 113, 14, 43, 88, 60, 4, 33,
-    83, 29, 7, 6, 13, 42, 40, 36, 131, 60, 24, 7, 6, 13, 60, 87, 5, 122, 6, 102, 11, 13, 86, 130, 70, 119, 4, 59, 89,
-    15, 70, 35, 24, 8, 6, 131, 74, 60, 70, 131, 18, 6, 2, 1, 143, 103, 11, 148, 104, 136, 49, 11, 59, 11, 31, 104, 69,
-    136, 4, 78, 3, 3, 3, 3, 3, 3, 2, 1, 23,
+    1, 177, 216, 81, 89, 206, 15, 125, 24, 15, 146, 7, 214, 91, 184, 171, 22, 49, 63, 170, 213, 181, 81, 163, 64,
+    28, 14, 81, 217, 7, 192, 12, 181, 153, 192, 77, 11, 5, 15, 151, 192, 127, 181, 153, 47, 77, 9, 5, 25, 132, 192,
+    77, 6, 7, 52, 12, 15, 146, 44, 29, 70, 15, 141, 5, 15, 155, 22, 21, 32, 7, 63, 51, 180, 181, 125, 92, 158, 16,
+    54, 129, 81, 5, 42, 121, 38, 8, 7, 15, 53, 51, 46, 181, 81, 31, 8, 7, 15, 81, 127, 6, 169, 7, 145, 12, 15, 125,
+    180, 92, 166, 5, 78, 130, 17, 92, 45, 31, 9, 7, 181, 99, 81, 92, 181, 23, 7, 2, 1, 199, 146, 12, 212, 149, 188,
+    61, 12, 149, 91, 188, 5, 65, 4, 15, 78, 125, 5, 3, 93, 3, 3, 3, 3, 3, 2, 1, 30,
 ]  # fmt: skip
 
 

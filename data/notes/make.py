@@ -3,10 +3,17 @@
     python data/notes/make.py                         # rewrites the files beside this one
     python data/notes/make.py --format answer-first --out data/notes-answer-first  # grade first
     python data/notes/make.py --steps 8 --out data/notes-8    # five more rules, each its own step
+    python data/notes/make.py --form initial-calibrated-final --out data/notes-icf  # three scores
 
 The world: a query names a topic and up to three constraints; a note is about one topic, may give
 values for constraints, may be promotion, and with `--steps` may have traits (`TRAITS`). `grades`
-below is the whole business logic, the same that criteria.md tells the model in words.
+below is the whole business logic, the same that criteria.md tells the model in words. Queries and
+notes are worded as people word them (`ASIDES`, `SENTENCES`, `FILLER`); a value is a word that
+stands nowhere else, so a text says what its labels say.
+
+Steps: one for each rule, or with `--form`, as published for SAM, three scores however many rules
+there are: initial, by topic and constraints; calibrated, after the special cases (promotion and
+traits); final, which here repeats the calibrated one. There most steps have the pair's label.
 
 The demonstrations come from a *generic annotator*: it reads facts well and writes fluently, but
 knows this business's rules only now and then (`ANNOTATOR`). A model fine-tuned on them reasons in
@@ -14,20 +21,24 @@ the right form and grades wrongly; what is left to learn, when a rule applies, i
 alone. That is the gap that reinforcement learning has to close. The more rules there are, the more
 often its errors cancel, and a right grade hides wrong steps; `--error` sets how often it errs.
 
-LONGTAIL: topics, promotion words and combinations of rules that are rare in the demonstrations
-(`is_longtail`).
+The test sets have ten notes to a query, of at least three grades; what their queries ask for is
+asked in no other file, in whatever words. LONGTAIL: topics, promotion words and combinations of
+rules that are rare in the demonstrations (`is_longtail`).
 """
 
 import argparse
 import json
 import random
+import re
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import ModernBertConfig, PreTrainedTokenizerFast, Qwen3Config
 
 SEED = 20260
-SIZES = {"sft": 7500, "train": 4500, "test_random": 500, "test_longtail": 500, "unlabelled": 5000}
+SIZES = {"sft": 7500, "train": 4500, "test_random": 500, "test_longtail": 500, "unlabelled": 4000}
+NOTES_A_QUERY = 10  # in the test sets
+FORMS = ["rule-by-rule", "initial-calibrated-final"]
 
 CATEGORIES = {
     "sport": ["skiing", "skating", "hiking", "surfing"],
@@ -45,10 +56,6 @@ CONSTRAINTS = {
 }
 PROMOTION = ["sponsored", "gifted", "affiliate"]
 RARE_PROMOTION = "affiliate"
-FILLER = (
-    "i we my our love loved tried today finally really so very best new favorite tips guide diary "
-    "photos part two this that with and for in the a week trip shop day little big happy"
-).split()
 
 # Of the fourth step and those behind it: the words that give a note the trait, and how far that
 # moves the grade, between 0 and 3.
@@ -60,21 +67,40 @@ TRAITS = {
     "safety": (["unsafe", "scam"], -3),
 }
 
+# How notes and queries say it. An aside stands behind the topic, in its sentence.
+ASIDES = {"place": "in {}|around {}", "season": "in {}|this {}", "audience": "for {}|with {}"}
+QUERIES = "{}|{}|best {}|{} tips"
+SENTENCES = {
+    "topic": "A whole day of {}.|All about {}.|I dream of {}.|My notes on {}.|{}, finally!",
+    "place": "Greetings from {}!|Just back from {}.|We were in {}.|{} is the place for it.",
+    "season": "It was {}.|Wait for {}!|We do it every {}.|{} is the time for it.",
+    "audience": "I went with {}.|Made for {}, I think.|Perfect for {}.|{} will love it.",
+    "promotion": "A {} note, to be clear.|Marked as {}.|My first {} post!|This is a {} post.",
+    "language": "All of it in {}.|I wrote it in {}.|Only in {} this time.|The text is in {}.",
+    "price": "All at a {} price.|My {} buy of the week.|We got a {} deal.|{} prices all over.",
+    "freshness": "A {} post, sorry.|Some of it is {}.|The photos are {}.|This is {} by now.",
+    "length": "A {} report.|Here is the {} version.|I kept it {}.|Read my {} diary.",
+    "safety": "I can only say: {}!|My verdict: {}.|One word: {}.|{}, if you ask me.",
+}
+FILLER = (
+    "Ask me anything below.|I forgot my umbrella.|I still talk about it.|I took too many photos."
+    "|I was nervous at first.|I would do it again.|It rained all afternoon.|It took me three tries."
+    "|More of this soon.|My diary is full of it.|My sister told me to go.|Nobody had warned me."
+    "|Our friends joined us later.|Part two follows next week.|Save this for later.|So much fun!"
+    "|Thank you for reading.|The music was a bit loud.|The queue was long.|This made my week."
+    "|We came home late and happy.|We got lost on the way.|We laughed a lot.|What do you think?"
+)
+
 # How often the generic annotator applies each rule. Facts (same, silent, ...) it states correctly.
 ANNOTATOR = {"topic": 0.95, "silent": 0.30, "contradicted": 0.25, "promotion": 0.15}
 ANNOTATOR |= dict.fromkeys(TRAITS, 0.25)
 
-RULES = {  # a step each
-    "topic": (
-        "Topic: the same topic gets 3, a related topic of the same category gets 1, "
-        "any other topic gets -1."
-    ),
-    "constraints": (
-        "Constraints: a query can ask for a place, a season and an audience. "
-        "Every constraint that the note is silent about costs\n"
-        "one grade, but never below 0. A contradicted constraint caps the grade at 0. "
-        "A grade of -1 stays."
-    ),
+RULES = {
+    "topic": "Topic: the same topic gets 3, a related topic of the same category gets 1, any other "
+    "topic gets -1.",
+    "constraints": "Constraints: a query can ask for a place, a season and an audience. Every "
+    "constraint that the note is silent about costs\none grade, but never below 0. A contradicted "
+    "constraint caps the grade at 0. A grade of -1 stays.",
     "promotion": "Promotion: a note that is sponsored, gifted or affiliate is capped at 1.",
     "language": "Language: a note in dutch or finnish costs one grade, but never below 0.",
     "price": "Price: a note about something cheap or a bargain gains one grade, but never above 3.",
@@ -84,28 +110,10 @@ RULES = {  # a step each
 }
 NUMBERS = ["one", "two", "three", "four", "five", "six", "seven", "eight"]
 
-TRAIN = """{
-  "max_new_tokens": %d,
-  "eval_every": 40,
-  "sft_steps": 1400,
-  "sft_batch": 16,
-  "sft_lr": 1.5e-3,
-  "rl_steps": 120,
-  "prompts_per_step": 16,
-  "group_size": 8,
-  "lr": 2e-4
-}
-"""
-
-DISTILL = """{
-  "pairs": "train.jsonl,sft.jsonl,unlabelled.jsonl",
-  "samples": 1,
-  "max_new_tokens": %d,
-  "steps": 6500,
-  "batch": 32,
-  "lr": 2e-3
-}
-"""
+TRAIN = {"eval_every": 40, "sft_steps": 1400, "sft_batch": 16, "sft_lr": 1.5e-3}
+TRAIN |= {"rl_steps": 120, "prompts_per_step": 16, "group_size": 8, "lr": 2e-4}
+DISTILL = {"pairs": "train.jsonl,sft.jsonl,unlabelled.jsonl", "samples": 1}
+DISTILL |= {"steps": 6500, "batch": 32, "lr": 2e-3}
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -113,10 +121,16 @@ CHAT_TEMPLATE = (
 )
 
 
-def write_criteria(num_steps, answer_format):
+def write_criteria(num_steps, answer_format, form):
     """The text of criteria.md, front matter and body."""
     steps = list(RULES)[:num_steps]
-    in_steps = f"{NUMBERS[num_steps - 1]} step{'s' if num_steps > 1 else ''}"
+    rules = [RULES[step] for step in steps]
+    if form != FORMS[0]:
+        steps = form.split("-")
+        initial = "Initial: the grade by topic and constraints, without the special cases."
+        calibrated = "Calibrated: the grade after the special cases."
+        rules = [initial, *rules[:2], calibrated, *rules[2:], "Final: the grade that stands."]
+    in_steps = f"{NUMBERS[len(steps) - 1]} step{'s' if len(steps) > 1 else ''}"
     closing = "close every step with the grade so far as \\boxed{grade}."
     if answer_format == "reason-first":
         task = f"Work in {in_steps} and {closing}"
@@ -131,60 +145,85 @@ def write_criteria(num_steps, answer_format):
         f"steps: [{', '.join(steps)}]",
         f"format: {answer_format}",
     ]
-    body = [f"You grade how well a note answers a query. {task}", *(RULES[step] for step in steps)]
+    body = [f"You grade how well a note answers a query. {task}", *rules]
     return "\n".join(["---", *front, "---", *body, last, ""])
 
 
-def draw_pair(rng, topic_weights, traits):
-    """One query and one note as facts (topics, statuses of the constraints, promotion word, words
-    of the traits) and as texts.
-    """
+def draw_query(rng, rare_weight):
+    """What a query asks for, by name, and its text."""
     topics = [t for group in CATEGORIES.values() for t in group]
-    topic = rng.choices(topics, [topic_weights.get(t, 1.0) for t in topics])[0]
-    siblings = [t for t in CATEGORIES[category_of(topic)] if t != topic]
+    weights = [rare_weight if t in RARE_TOPICS else 1.0 for t in topics]
+    asked = {"topic": rng.choices(topics, weights)[0]}
+    asked |= {name: rng.choice(x) for name, x in CONSTRAINTS.items() if rng.random() < 0.6}
+    topic, *words = asked.values()
+    if rng.random() < 0.5:
+        words = [say(rng, ASIDES[name], asked[name]) for name in asked if name != "topic"]
+        rng.shuffle(words)
+        return asked, " ".join([say(rng, QUERIES, topic), *words])
+    words.insert(0, topic)
+    rng.shuffle(words)
+    return asked, " ".join(words)
+
+
+def draw_pair(rng, query, traits):
+    """A query of `draw_query` and one note: facts (topics, statuses of the constraints, promotion
+    word, words of the traits) and texts.
+    """
+    asked, text = query
+    topic, category = asked["topic"], category_of(asked["topic"])
+    siblings = [t for t in CATEGORIES[category] if t != topic]
+    others = [t for name, group in CATEGORIES.items() if name != category for t in group]
     relation = rng.choices(["same", "related", "other"], [0.46, 0.27, 0.27])[0]
-    others = [t for t in topics if t != topic and t not in siblings]
     candidates = {"same": topic, "related": rng.choice(siblings), "other": rng.choice(others)}
-    note_topic = candidates[relation]
+    told = {"topic": candidates[relation]}
 
     facts = {}
-    asked = [topic]
-    told = [note_topic]
     for name, values in CONSTRAINTS.items():
-        if rng.random() < 0.6:  # the query asks for it
-            want = rng.choice(values)
-            status = rng.choices(["match", "silent", "contradicted"], [0.45, 0.30, 0.25])[0]
-            if status == "match":
-                have = want
-            elif status == "silent":
-                have = "none"
-            else:
-                have = rng.choice([v for v in values if v != want])
-            facts[name] = (want, have, status)
-            asked.append(want)
+        want, have, status = asked.get(name, "any"), "none", "any"
+        if want == "any":
+            have = rng.choice(values) if rng.random() < 0.3 else "none"
         else:
-            facts[name] = ("any", rng.choice(values) if rng.random() < 0.3 else "none", "any")
-        if facts[name][1] != "none":
-            told.append(facts[name][1])
+            status = rng.choices(["match", "silent", "contradicted"], [0.45, 0.30, 0.25])[0]
+        if status == "match":
+            have = want
+        elif status == "contradicted":
+            have = rng.choice([v for v in values if v != want])
+        facts[name] = (want, have, status)
+        told[name] = have
     promotion = rng.choices(PROMOTION, [0.45, 0.45, 0.10])[0] if rng.random() < 0.45 else "none"
-    if promotion != "none":
-        told.append(promotion)
-    words = {}
-    for name in traits:
-        words[name] = rng.choice(TRAITS[name][0]) if rng.random() < 0.35 else "none"
-        if words[name] != "none":
-            told.append(words[name])
-    note = told + rng.choices(FILLER, k=rng.randint(8, 16))
-    rng.shuffle(asked)
-    rng.shuffle(note)
+    words = {t: rng.choice(TRAITS[t][0]) if rng.random() < 0.35 else "none" for t in traits}
+    told |= {"promotion": promotion} | words
     return {
-        "query": " ".join(asked),
-        "document": " ".join(note),
-        "topics": (topic, note_topic, relation),
+        "query": query,
+        "texts": {"query": text, "document": write_note(rng, told)},
+        "topics": (topic, told["topic"], relation),
         "constraints": facts,
         "promotion": promotion,
         "traits": words,
     }
+
+
+def say(rng, phrasings, value):
+    """A value in one of its phrasings."""
+    return rng.choice(phrasings.split("|")).format(value)
+
+
+def write_note(rng, told):
+    """A note as a person writes it. told: its topic and other values by name, or "none"."""
+    asides, sentences = [], rng.sample(FILLER.split("|"), rng.randint(0, 2))
+    for name, value in told.items():
+        value = value.title() if name in ("place", "language") else value
+        if name == "topic" or value in ("none", "None"):
+            continue
+        if name in ASIDES and rng.random() < 0.5:
+            asides.append(say(rng, ASIDES[name], value))
+        else:
+            sentences.append(say(rng, SENTENCES[name], value))
+    rng.shuffle(asides)
+    sentences.append(say(rng, SENTENCES["topic"], " ".join([told["topic"], *asides])))
+    rng.shuffle(sentences)
+    text = " ".join(sentence[0].upper() + sentence[1:] for sentence in sentences)
+    return re.sub(r"\b([Aa]) (?=[aeiou])", r"\1n ", text)
 
 
 def category_of(topic):
@@ -217,8 +256,13 @@ def grades(pair, applies=lambda rule: True, rng=None):
     return steps
 
 
-def write_response(pair, steps):
-    """The reasoning in words: facts in the order of the steps, each step closed by its grade.
+def boxes(steps, form):
+    """What the boxes hold, of the grades after each rule."""
+    return steps if form == FORMS[0] else [steps[1], steps[-1], steps[-1]]
+
+
+def write_response(pair, steps, form):
+    """The reasoning in words: facts in the order of the rules, each step closed by its grade.
 
     What the query asks for is looked up in the note: "found", or what stands there in its place, or
     "none".
@@ -232,7 +276,10 @@ def write_response(pair, steps):
         parts.append(f"{name}: any." if status == "any" else f"{name}: {asked}, {there}, {status}.")
     traits = [f"{name}: {word}" for name, word in pair["traits"].items()]
     texts = [topic, " ".join(parts), f"promotion: {pair['promotion']}", *traits][: len(steps)]
-    return " ".join(f"{text} \\boxed{{{grade}}}" for text, grade in zip(texts, steps, strict=True))
+    if form != FORMS[0]:
+        texts = [f"{texts[0]}. {texts[1]}", f"{'. '.join(texts[2:])}.", "final"]
+    ends = zip(texts, boxes(steps, form), strict=True)
+    return " ".join(f"{text} \\boxed{{{grade}}}" for text, grade in ends)
 
 
 def is_longtail(pair):
@@ -247,39 +294,47 @@ def is_longtail(pair):
     return pair["topics"][2] != "other" and rules >= 2
 
 
-def make_records(rng, num_steps, error):
+def make_records(rng, num_steps, error, form):
     """All files' records; no (query, document) stands in two of them."""
     traits = list(TRAITS)[: max(0, num_steps - 3)]
     annotator = ANNOTATOR
     if error is not None:
         annotator = dict.fromkeys(ANNOTATOR, 1 - error) | {"topic": ANNOTATOR["topic"]}
-    seen = set()
+    seen, tested = set(), []
     files = {name: [] for name in SIZES}
-    rare = dict.fromkeys(RARE_TOPICS, 0.5)
 
-    def fresh(keep, weights):
+    def fresh(keep=lambda pair: True, rare_weight=1.0, like=None):
+        """A pair to keep, of the query of the pair `like`, else of one that no test set asks."""
         while True:
-            pair = draw_pair(rng, weights, traits)
-            if keep(pair) and (pair["query"], pair["document"]) not in seen:
-                seen.add((pair["query"], pair["document"]))
+            query = like["query"] if like else draw_query(rng, rare_weight)
+            pair = draw_pair(rng, query, traits)
+            texts = tuple(pair["texts"].values())
+            if (like or query[0] not in tested) and texts not in seen and keep(pair):
+                seen.add(texts)
                 return pair
 
-    for name in ("test_random", "test_longtail", "train"):
-        keep = is_longtail if name == "test_longtail" else lambda pair: True
-        for _ in range(SIZES[name]):
-            pair = fresh(keep, {})
-            steps = [str(g) for g in grades(pair)[:num_steps]]
-            texts = {"query": pair["query"], "document": pair["document"]}
-            files[name].append(texts | {"label": steps[-1], "step_labels": steps})
+    def labelled(pair):
+        steps = [str(g) for g in boxes(grades(pair)[:num_steps], form)]
+        return pair["texts"] | {"label": steps[-1], "step_labels": steps}
+
+    for name, keep in {"test_random": lambda pair: True, "test_longtail": is_longtail}.items():
+        for query_id in range(SIZES[name] // NOTES_A_QUERY):
+            labels = ()
+            while len(set(labels)) < 3:
+                first = fresh(keep)
+                pairs = [first, *(fresh(keep, like=first) for _ in range(NOTES_A_QUERY - 1))]
+                records = [labelled(pair) | {"query_id": query_id} for pair in pairs]
+                labels = [record["label"] for record in records]
+            files[name] += records
+            tested.append(first["query"][0])
+    files["train"] = [labelled(fresh()) for _ in range(SIZES["train"])]
     for _ in range(SIZES["sft"]):
         # In the demonstrations the long tail is thinned out: kept one time in three.
-        pair = fresh(lambda p: not is_longtail(p) or rng.random() < 1 / 3, rare)
+        pair = fresh(lambda p: not is_longtail(p) or rng.random() < 1 / 3, rare_weight=0.5)
         steps = grades(pair, lambda rule: rng.random() < annotator[rule], rng)[:num_steps]
-        texts = {"query": pair["query"], "document": pair["document"]}
-        files["sft"].append(texts | {"response": write_response(pair, steps)})
-    for _ in range(SIZES["unlabelled"]):  # what distillation has in plenty
-        pair = fresh(lambda pair: True, {})
-        files["unlabelled"].append({"query": pair["query"], "document": pair["document"]})
+        files["sft"].append(pair["texts"] | {"response": write_response(pair, steps, form)})
+    # What distillation has in plenty.
+    files["unlabelled"] = [fresh()["texts"] for _ in range(SIZES["unlabelled"])]
     return files
 
 
@@ -329,7 +384,7 @@ def make_student_tokenizer(texts):
         cls_token="[CLS]",
         sep_token="[SEP]",
         unk_token="<unk>",
-        model_max_length=64,
+        model_max_length=96,
         model_input_names=["input_ids", "attention_mask"],
     )
 
@@ -366,7 +421,7 @@ def make_student_config(tokenizer):
         num_hidden_layers=3,
         num_attention_heads=4,
         global_attn_every_n_layers=1,
-        max_position_embeddings=64,
+        max_position_embeddings=96,
         initializer_range=0.15,  # at this width, the usual 0.02 learns several times slower
         pad_token_id=tokenizer.pad_token_id,
         cls_token_id=tokenizer.cls_token_id,
@@ -390,34 +445,31 @@ def answer_first(record):
     return record
 
 
-def make(out, answer_format="reason-first", num_steps=3, error=None):
+def make(out, answer_format="reason-first", num_steps=3, error=None, form=FORMS[0]):
     """Write the whole task folder into `out` (a pathlib.Path).
 
     error: how often the annotator misses a business rule; None: as often as ANNOTATOR says.
     """
     out.mkdir(parents=True, exist_ok=True)
-    criteria = write_criteria(num_steps, answer_format)
+    criteria = write_criteria(num_steps, answer_format, form)
     (out / "criteria.md").write_text(criteria, encoding="utf-8")
-    longest = 64 + 6 * max(0, num_steps - 3)
-    for name, text in {"train.json": TRAIN, "distill.json": DISTILL}.items():
-        (out / name).write_text(text % longest, encoding="utf-8")
-    for name, records in make_records(random.Random(SEED), num_steps, error).items():
+    longest = {"max_new_tokens": 64 + 6 * max(0, num_steps - 3)}
+    for name, settings in {"train": TRAIN, "distill": DISTILL}.items():
+        text = json.dumps(longest | settings, indent=2) + "\n"
+        (out / f"{name}.json").write_text(text, encoding="utf-8")
+    pairs, responses = [], []
+    for name, records in make_records(random.Random(SEED), num_steps, error, form).items():
+        pairs += [f"{record['query']} {record['document']}" for record in records]
+        responses += [record.get("response", "") for record in records]
         if answer_format == "answer-first":
             records = map(answer_first, records)
         lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         (out / f"{name}.jsonl").write_text(lines, encoding="utf-8")
-    body = criteria.split("---\n", 2)[2]
-    frame = (
-        "found match silent contradicted any none same related other system user assistant query "
-        "document note place season audience topic promotion : , . -1 0 1 2 3"
-    )
-    groups = [CATEGORIES, *CATEGORIES.values(), *CONSTRAINTS.values(), PROMOTION, FILLER]
-    groups += [words for words, _ in list(TRAITS.values())[: max(0, num_steps - 3)]]
-    words = " ".join(word for group in groups for word in group)
-    tokenizer = make_tokenizer([body, frame, words])
+    frame = [criteria.split("---\n", 2)[2], "system user assistant query document -1 0 1 2 3"]
+    tokenizer = make_tokenizer([*frame, *pairs, *responses])
     tokenizer.save_pretrained(out / "model")
     make_config(tokenizer).save_pretrained(out / "model")
-    student_tokenizer = make_student_tokenizer([words])
+    student_tokenizer = make_student_tokenizer(pairs)
     student_tokenizer.save_pretrained(out / "student")
     make_student_config(student_tokenizer).save_pretrained(out / "student")
 
@@ -429,21 +481,20 @@ def main():
     formats = ["reason-first", "answer-first"]
     parser.add_argument("--out", type=Path, default=here, help="to write (default: this one)")
     parser.add_argument("--format", choices=formats, default=formats[0], help="of the answers")
-    parser.add_argument(
-        "--steps", type=int, choices=range(1, 9), default=3, help="business rules (default: 3)"
-    )
-    parser.add_argument(
-        "--error",
-        type=float,
-        help="how often the annotator misses a rule (default: by rule, 0.7 to 0.85)",
-    )
+    steps = {"type": int, "choices": range(1, 9), "default": 3}
+    parser.add_argument("--steps", **steps, help="business rules (default: 3)")
+    often = "how often the annotator misses a rule (default: by rule, 0.7 to 0.85)"
+    parser.add_argument("--error", type=float, help=often)
+    parser.add_argument("--form", choices=FORMS, default=FORMS[0], help="of the steps")
     args = parser.parse_args()
     if args.error is not None and not 0 <= args.error <= 1:
         parser.error("--error is a share, from 0 to 1")
-    is_embedded = args.format == formats[0] and args.steps == 3 and args.error is None
-    if args.out.resolve() == here.resolve() and not is_embedded:
-        parser.error("--format, --steps and --error make another task: name its folder with --out")
-    make(args.out, args.format, args.steps, args.error)
+    if args.form != FORMS[0] and args.steps < 3:
+        parser.error("--form initial-calibrated-final needs special cases: three or more --steps")
+    options = args.format, args.steps, args.error, args.form
+    if args.out.resolve() == here.resolve() and options != (formats[0], 3, None, FORMS[0]):
+        parser.error("other options make another task: name its folder with --out")
+    make(args.out, *options)
 
 
 if __name__ == "__main__":

@@ -154,6 +154,23 @@ def test_a_model_agrees_with_itself_on_cuda():
         assert rollout.check_model(model, 64) < 0.05 and model.config._attn_implementation == "tree"
 
 
+def test_compiled_is_eager(monkeypatch):
+    """Fused kernels: the same tokens, and log-probabilities and gradients within bfloat16's rounding."""
+    settings = {"head_dim": 16, "max_position_embeddings": 2048}
+    prompts, answers = long_batch()
+    results = []
+    for compiled in (False, True):
+        monkeypatch.setattr(rollout, "COMPILE", compiled)
+        model = make_model("qwen3", **settings).to("cuda", torch.bfloat16)
+        sampled = rollout.sample(model, prompts, group_size=4, max_new_tokens=20, eos_id=2, temperature=0)
+        logprobs_A, _ = rollout.Policy(model)(rollout.Tree(prompts, answers, "cuda"))
+        logprobs_A.sum().backward()
+        assert any(m._compiled_call_impl for m in model.modules()) == compiled
+        results.append([sampled.logprobs_A[:3], logprobs_A.detach(), *(p.grad for p in model.parameters())])
+    for a, b in zip(*results, strict=True):
+        assert (a - b).float().norm() < 0.05 * a.float().norm()
+
+
 def test_a_run_on_cuda(tmp_path, monkeypatch):
     """SFT and RL with bf16 compute over float32 master weights, and a bf16 export."""
     flags = [f"--task={NOTES}", f"--out={tmp_path / 'run'}", "--sft_steps=20", "--rl_steps=3", "--eval_every=0"]
