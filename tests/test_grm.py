@@ -942,8 +942,8 @@ def test_answers_are_as_long_as_the_model_was_trained_to_give(score, trained, tm
 def test_score_names_bad_input_before_any_work(score, tmp_path, monkeypatch):
     """Hours of scoring that end at a bad line; an empty result that looks complete, or a traceback out of range()."""
     path = tmp_path / "in.jsonl"
-    good, too_long = path.read_text(), json.dumps({"query": "winter " * 500, "document": "d"})
-    strange = json.dumps({"query": "winter", "document": "zebras winter " * 20})
+    good, too_long = path.read_text(), json.dumps({"query": "winter " * 500, "document": "d", "query_id": 1})
+    strange = json.dumps({"query": "winter", "document": "zebras winter " * 20, "query_id": 1})
     no_room = "in.jsonl:8: criteria, query and answer leave the document no room"
     for bad, message in (
         ("{", "in.jsonl:8: is no JSON: Expecting property name"),
