@@ -78,7 +78,7 @@ def test_torchrun_writes_everything(task, tmp_path):
     """`torchrun train.py` as a user starts it; every file that the README promises is there and can be read. A file saved by an
     editor on Windows is as good as another."""
     out, criteria = tmp_path / "run", grm.Task.load(task).criteria
-    (task / "model" / "generation_config.json").write_text('{"eos_token_id": [2, 7]}')
+    (task / "model" / "generation_config.json").write_text('{"eos_token_id": [1, 2]}')
     for path in (task / "criteria.md", task / "train.jsonl"):
         path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
     command = [sys.executable, "-m", "torch.distributed.run", ROOT / "train.py", "--task", task, "--out", out, *SMALL]
@@ -104,7 +104,7 @@ def test_torchrun_writes_everything(task, tmp_path):
     assert "warning: most answers are malformed ([('" in done.stdout and "before_rl" not in done.stdout
     for name in ("sft", "model"):
         model = AutoModelForCausalLM.from_pretrained(out / name)
-        assert (model.generation_config.eos_token_id, model.generation_config.max_new_tokens) == ([2, 7], 56)
+        assert (model.generation_config.eos_token_id, model.generation_config.max_new_tokens) == ([1, 2], 56)
         assert len({path.stat().st_mode for path in (out / name).iterdir()}) == 1  # weights 0600: for their owner alone
         assert "assistant" in AutoTokenizer.from_pretrained(out / name).chat_template
         assert "tree" not in (out / name / "config.json").read_text(), "the export must not ask for our attention"
