@@ -469,6 +469,8 @@ class Tree:
 
 def forward(model, layout):
     """Last hidden states [S, D] of a layout, a Tree or a Decode, as the head takes them."""
+    if model.config._attn_implementation != "tree":  # which would run, and attend to other tokens
+        raise ValueError("call rollout.check_model or rollout.use_tree_attention first")
     if COMPILE and layout.input_ids.is_cuda:
         # Norms, attention, MLPs; not whole layers, since FSDP and checkpointing act around these.
         layers = getattr(model.base_model, "layers", [])

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # for triton_decode
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import rollout
 from parallel import chosen_bf16

@@ -311,7 +311,8 @@ def encoder(task, positions=40, length=512):
     """A student of RoBERTa's kind, whose positions begin behind its pad token's: there is one less than configured."""
     shutil.copytree(task / "student", task / "encoder")
     sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
-    sizes |= {"max_position_embeddings": positions, "vocab_size": 88, "pad_token_id": 0, "architectures": None}
+    vocabulary = json.loads((task / "student" / "config.json").read_text())["vocab_size"]
+    sizes |= {"max_position_embeddings": positions, "vocab_size": vocabulary, "pad_token_id": 0, "architectures": None}
     RobertaConfig(**sizes).save_pretrained(task / "encoder")
     path = task / "encoder" / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": length}))
@@ -538,7 +539,7 @@ def other_words(task):
 
 def other_ends(task):
     """A teacher whose answers end with another token, too."""
-    (task.parent / "teacher" / "generation_config.json").write_text('{"eos_token_id": [2, 7]}')
+    (task.parent / "teacher" / "generation_config.json").write_text('{"eos_token_id": [1, 2]}')
 
 
 def only_spelled(task):
@@ -557,7 +558,7 @@ REFUSALS = {
     "token loss of a classifier": (None, "--loss=forward", "a classifier has none"),
     "on-policy without samples": (None, "--on_policy", "the label loss has no samples"),
     "no teacher": (None, "--teacher=runs/nothing/model", "^runs/nothing/model: there is no such folder$"),
-    "other ends": (other_ends, "--loss=js --student={task}/model", r"end with the ids \[2, 7\], .* \[2\]; use --loss label"),
+    "other ends": (other_ends, "--loss=js --student={task}/model", r"end with the ids \[1, 2\], .* \[2\]; use --loss label"),
     "student's words": (only_spelled, "--teacher={task}/speller", "task/student: .* does not know .*'bluse', 'hose'"),
     "teacher's words": (only_spelled, "--student={task}/speller", "/teacher: .* does not know .*'bluse', 'hose'"),
     "positions": (encoder, "--student={task}/encoder --max_length=40", "fails at --max_length 40: index 40 is out"),

@@ -245,15 +245,6 @@ def test_a_full_disk(task, tmp_path):
         subprocess.run(["umount", disk], check=True)
 
 
-def test_one_process_needs_no_group():
-    """Without torchrun, shares are the whole and gathers the identity."""
-    ranks = parallel.Ranks()
-    assert (ranks.rank, ranks.world) == (0, 1) and [*range(7)][ranks.share(7)] == [*range(7)]
-    assert ranks.sum(2.5) == 2.5 and torch.equal(ranks.sum(torch.ones(2)), torch.ones(2))
-    assert ranks.gather({"a": None}) == [{"a": None}] and ranks.equalize([1, 2], empty=0) == [1, 2]
-    assert torch.equal(ranks.gather_rows(torch.eye(2)), torch.eye(2)) and ranks.sampling_share(3) == slice(0, 3)
-
-
 def test_interrupt_reaches_all_ranks(task, tmp_path):
     """Ctrl-C on torchrun: it signals its workers, which finish the step and save."""
     process = start(tmp_path / "out", f"--task={task}", "--sft_steps=4000")

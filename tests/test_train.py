@@ -78,7 +78,7 @@ def test_torchrun_writes_everything(task, tmp_path):
     """`torchrun train.py` as a user starts it; every file that the README promises is there and can be read. A file saved by an
     editor on Windows is as good as another."""
     out, criteria = tmp_path / "run", grm.Task.load(task).criteria
-    (task / "model" / "generation_config.json").write_text('{"eos_token_id": [2, 7]}')
+    (task / "model" / "generation_config.json").write_text('{"eos_token_id": [1, 2]}')
     for path in (task / "criteria.md", task / "train.jsonl"):
         path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
     command = [sys.executable, "-m", "torch.distributed.run", ROOT / "train.py", "--task", task, "--out", out, *SMALL]
@@ -104,7 +104,7 @@ def test_torchrun_writes_everything(task, tmp_path):
     assert "warning: most answers are malformed ([('" in done.stdout and "before_rl" not in done.stdout
     for name in ("sft", "model"):
         model = AutoModelForCausalLM.from_pretrained(out / name)
-        assert (model.generation_config.eos_token_id, model.generation_config.max_new_tokens) == ([2, 7], 56)
+        assert (model.generation_config.eos_token_id, model.generation_config.max_new_tokens) == ([1, 2], 56)
         assert len({path.stat().st_mode for path in (out / name).iterdir()}) == 1  # weights 0600: for their owner alone
         assert "assistant" in AutoTokenizer.from_pretrained(out / name).chat_template
         assert "tree" not in (out / name / "config.json").read_text(), "the export must not ask for our attention"
@@ -382,20 +382,26 @@ def test_the_sweep_of_credit_rules_reads_its_runs(tmp_path, monkeypatch, capsys)
     monkeypatch.syspath_prepend(str(ROOT / "docs"))
     import credit
 
-    for seed, rule in itertools.product(range(3), credit.RULES):
-        folder = credit.folder_of(tmp_path, 5, seed, 8, rule)
+    for name in ("ROOT", "LINES"):
+        monkeypatch.setattr(credit, name, tmp_path / ("credit.jsonl" if name == "LINES" else ""))
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "task-5" / "student").mkdir(parents=True)
+    for seed, rule in itertools.product(range(3), ["sft", *credit.RULES]):
+        folder = tmp_path / "5" / f"seed{seed}" / rule.replace(", ", "-")
         folder.mkdir(parents=True)
-        figures = {"stage": "rl", "reward": 0.5 + 0.1 * seed + (0.01 * (seed + 1) if rule == "sam" else 0), "steps_right": 0.5}
-        figures |= {"wrong_in_right": 0.25, "right_in_wrong": 0.75, "credit_right": 0.6, "right_throughout": 0.9}
-        gaps = {"wrong_in_right": None, "credit_right": None}
-        write(folder / "metrics.jsonl", [{"stage": "sft"}, figures | gaps, *[figures] * 19])
+        record = {"stage": "rl", "reward": 0.5 + 0.1 * seed + (0.01 * (seed + 1) if rule == "sam" else 0), "masked": 0.0}
+        record |= {"steps_right": 0.5, "credit_right": 0.6}
+        write(folder / "metrics.jsonl", [{"stage": "sft"}, record | {"credit_right": None}, *[record] * 19])
         test = {"accuracy": 0.5 + 0.03 * (rule == "sam"), "step_accuracy": {"a": 0.2, "b": 0.4}}
-        (folder / "summary.json").write_text(json.dumps({"rl": {"test_random": test, "test_longtail": test}}))
-    monkeypatch.setattr(sys, "argv", ["credit.py", f"--out={tmp_path}", "--seeds"])
+        tests = {"test_random": test, "test_longtail": test}
+        (folder / "summary.json").write_text(json.dumps({"rl": tests, "before_rl": {"reward": 0.5}}))
+    monkeypatch.setattr(sys, "argv", ["credit.py", f"--out={tmp_path}", "--tasks=5", "--seeds", "0", "1", "2"])
     monkeypatch.setattr(credit.subprocess, "run", lambda *args, **settings: pytest.fail("nothing is left to run"))
-    credit.main()
-    credit.run(folder, 1)
-    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()]
-    answers, steps = (row for row in rows if row[2:3] == ["sam"])
-    assert answers[5:9] == ["+0.020 ± 0.025", "0.530", "0.530", "+0.030 ± 0.000"]  # of 0.01, 0.02 and 0.03
-    assert steps[3:] == [*"0.500|+0.000 ± 0.000|0.300|0.900 → 0.900|0.60|0.250 → 0.250|0.75 → 0.75".split("|")]
+    for _ in range(2):
+        credit.main()
+    assert len(credit.read_lines()) == 12 and credit.read_lines()[0]["credit_right"] == 0.6
+    assert (tmp_path / "docs" / "credit.png").stat().st_size > 10_000
+    out = capsys.readouterr().out
+    row = next(line.strip("| ").split(" | ") for line in out.splitlines() if line.startswith("| 5 | sam"))
+    assert row[2:] == ["3", "0.620", "+0.020 ± 0.025", "0.530", "+0.030 ± 0.000", "0.500", "+0.000 ± 0.000"]
+    assert "5: sam less plain GRPO: reward +0.020 ± 0.025, tests +0.030 ± 0.000; n 3" in out

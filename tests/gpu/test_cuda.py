@@ -154,21 +154,21 @@ def test_a_model_agrees_with_itself_on_cuda():
         assert rollout.check_model(model, 64) < 0.05 and model.config._attn_implementation == "tree"
 
 
-def test_compiled_is_eager(monkeypatch):
-    """Fused kernels: the same tokens, and log-probabilities and gradients within bfloat16's rounding."""
-    settings = {"head_dim": 16, "max_position_embeddings": 2048}
+def test_compiled_is_as_exact_as_eager(monkeypatch):
+    """Fused kernels: gradients as near to those of float32 on the CPU as without them."""
+    settings = {"head_dim": 16, "max_position_embeddings": 2048, "initializer_range": 0.1}
     prompts, answers = long_batch()
-    results = []
-    for compiled in (False, True):
+    gradients = []
+    for device, compiled in (("cpu", False), ("cuda", False), ("cuda", True)):
         monkeypatch.setattr(rollout, "COMPILE", compiled)
-        model = make_model("qwen3", **settings).to("cuda", torch.bfloat16)
-        sampled = rollout.sample(model, prompts, group_size=4, max_new_tokens=20, eos_id=2, temperature=0)
-        logprobs_A, _ = rollout.Policy(model)(rollout.Tree(prompts, answers, "cuda"))
+        model = make_model("qwen3", **settings).to(device)
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            logprobs_A, _ = rollout.Policy(model)(rollout.Tree(prompts, answers, device))
         logprobs_A.sum().backward()
         assert any(m._compiled_call_impl for m in model.modules()) == compiled
-        results.append([sampled.logprobs_A[:3], logprobs_A.detach(), *(p.grad for p in model.parameters())])
-    for a, b in zip(*results, strict=True):
-        assert (a - b).float().norm() < 0.05 * a.float().norm()
+        gradients.append(torch.cat([p.grad.flatten().cpu() for p in model.parameters()]))
+    exact, eager, fused = gradients
+    assert (fused - exact).norm() < 1.5 * (eager - exact).norm()
 
 
 def test_a_run_on_cuda(tmp_path, monkeypatch):
