@@ -53,7 +53,7 @@ STUDENT_T = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]
 # The runs -----------------------------------------------------------------------------------------
 
 
-def run(out, threads, script, *flags):
+def run(out, threads, *flags, script="train.py"):
     """One training run into `out`, unless it is done; its output goes to out.log."""
     if (out / "summary.json").exists():
         return
@@ -64,6 +64,16 @@ def run(out, threads, script, *flags):
         code = subprocess.run(command, stdout=log, stderr=log, env=environment).returncode
     if code or not (out / "summary.json").exists():
         sys.exit(f"{out}: failed or stopped, see {out}.log")
+
+
+def run_all(jobs, calls):
+    """Make calls, (function, argument, ...), so many at a time; after a failure none begins."""
+    pool = ThreadPoolExecutor(jobs)
+    futures = [pool.submit(*call) for call in calls]
+    done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+    pool.shutdown(cancel_futures=True)
+    for future in done:
+        future.result()  # raises what it raised
 
 
 def train_normalised(rule, argv):
@@ -100,14 +110,14 @@ def train_all(out, name, seed, rules, threads):
     folder = out / name / f"seed{seed}"
     task = out / f"task-{name}"
     common = ["--task", task, "--seed", seed]
-    run(folder / "sft", threads, "train.py", *common, "--rl_steps", 0)
+    run(folder / "sft", threads, *common, "--rl_steps", 0)
     common += ["--model", folder / "sft" / "sft", "--sft_steps", 0]
     common += ["--rl_steps", RL_STEPS, "--eval_every", 0]
     for rule in missing:
         flags = (RULES | CONTROLS)[rule]
         script = "docs/credit.py" if rule in CONTROLS else "train.py"
         path = folder / rule.replace(", ", "-")
-        run(path, threads, script, *common, *flags)
+        run(path, threads, *common, *flags, script=script)
         with open(LINES, "a") as file:
             file.write(
                 json.dumps({"task": name, "seed": seed, "rule": rule} | figures(path)) + "\n"
@@ -253,17 +263,11 @@ def main():
     if args.out:
         threads = max(1, (os.cpu_count() or 1) // args.jobs)
         rules = CONTROLS if args.controls else RULES
-        pool = ThreadPoolExecutor(args.jobs)
-        futures = []
+        calls = []
         for task in args.tasks:
             make_task(args.out, task)
-            futures += [
-                pool.submit(train_all, args.out, task, seed, rules, threads) for seed in args.seeds
-            ]
-        done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-        pool.shutdown(cancel_futures=True)  # after a failure none begins
-        for future in done:
-            future.result()  # raises what it raised
+            calls += [(train_all, args.out, task, seed, rules, threads) for seed in args.seeds]
+        run_all(args.jobs, calls)
     lines = read_lines()
     print_table(lines)
     if lines:
