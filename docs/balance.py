@@ -13,7 +13,7 @@ import os
 from pathlib import Path
 
 import numpy as np
-from credit import ROOT, pyplot, run, run_all
+from credit import ROOT, run, run_all
 
 # The first setting is the one that the others are compared with.
 SETTINGS = {f"sft_coef {value}": ["--sft_coef", value] for value in (0, 0.01, 0.1, 1)}
