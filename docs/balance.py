@@ -97,7 +97,10 @@ def draw(results, path):
     """Sampled accuracy over training: mean over seeds in a moving window, and the band of one
     standard deviation.
     """
-    figure, axis = pyplot().subplots(figsize=(8, 4.5), layout="constrained")
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axis = figure.subplots()
     for name, rows in results.items():
         if not rows["reward"]:
             continue
