@@ -15,6 +15,7 @@ Shapes: N answers, T positions of an answer, Y labels.
 """
 
 import argparse
+import codecs
 import contextlib
 import fcntl
 import json
@@ -42,6 +43,7 @@ from transformers.utils import logging as hf_logging
 
 BOX = re.compile(r"\\boxed\{([^{}]*)\}")
 FORMATS = ("reason-first", "answer-first")
+FRONT_MATTER = {"labels", "relevant", "steps", "format"}
 MOST_UNKNOWN = 0.03  # share of words that a tokenizer may not know
 DATE = "01 Jan 2026"  # today's, for chat templates that name it
 
@@ -80,19 +82,22 @@ class Task:
         path = Path(folder) / "criteria.md"
         try:
             text = path.read_text(encoding="utf-8-sig")
-            before, front, body = re.split(r"^---[ \t]*$", text, maxsplit=2, flags=re.MULTILINE)
+            parts = re.split(r"^---[ \t]*$", text, maxsplit=2, flags=re.MULTILINE)
+            if len(parts) != 3 or parts[0].strip():
+                raise ValueError("it begins otherwise")
             # The base loader keeps values as they are written: elsewhere in YAML 1.1, no is False.
-            head = yaml.load(front, Loader=yaml.BaseLoader)
-            task = cls(folder=Path(folder), criteria=body.strip(), **head)
-            if before.strip():
-                raise ValueError("something stands before it")
+            head = yaml.load(parts[1], Loader=yaml.BaseLoader)
+            if not isinstance(head, dict) or head.keys() != FRONT_MATTER:
+                raise ValueError(f"it has {', '.join(head or ['nothing'])}")
         except OSError as error:
-            raise TaskError(f"{path}: {error.strerror}; a task (--task) needs it") from None
+            what = "--task names a folder that has it, --model one that train.py wrote"
+            raise TaskError(f"{path}: {error.strerror}; {what}") from None
         except (TypeError, ValueError, RecursionError, yaml.YAMLError) as error:
             what = (
                 "must begin with labels, relevant, steps and format, YAML between two lines of ---"
             )
             raise TaskError(f"{path}: {what}: {' '.join(str(error).split())}") from None
+        task = cls(folder=Path(folder), criteria=parts[2].strip(), **head)
         if problem := task._problem():
             raise TaskError(f"{path}: {problem}")
         return task
@@ -173,7 +178,9 @@ class Task:
         with_id = [record for record in records if "query_id" in record]
         without = [record for record in records if "query_id" not in record]
         if with_id and without:
-            problems["no query_id, which other pairs have"] = without[0].where
+            problems["no query_id, which other pairs have: give it to all or none"] = without[
+                0
+            ].where
         if not records and not problems:
             problems["holds no pairs"] = path
         if problems:
@@ -226,22 +233,31 @@ def read_lines(path):
     if table.is_file() and not path.is_file():
         raise TaskError(f"{path}: is not there; data/from_csv.py makes a task of {table}")
     content = path.read_bytes()
+    if b"\0" in content[:100]:
+        raise TaskError(f"{path}: is UTF-16; save the file as UTF-8")
+    start = content.removeprefix(codecs.BOM_UTF8).lstrip()[:40].partition(b"\n")[0]
+    if start and not start.startswith(b"{"):
+        start = start.decode(errors="replace").strip()
+        what = "JSON Lines are an object a line; data/from_csv.py reads tables"
+        raise TaskError(f"{path}: begins with {start!r}; {what}")
     try:
-        text = content.decode("utf-8-sig")
+        return content.decode("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         line = 1 + content[: error.start].count(b"\n")
-        kind = "UTF-16" if b"\0" in content[:100] else "not UTF-8"
-        raise TaskError(f"{path}:{line}: is {kind}; save the file as UTF-8") from None
-    start = text.lstrip()[:40].partition("\n")[0]
-    if start and not start.startswith("{"):
-        what = "JSON Lines are an object a line, no table and no array"
-        raise TaskError(f"{path}: begins with {start!r}; {what}")
-    return text.split("\n")
+        raise TaskError(f"{path}:{line}: is not UTF-8; save the file as UTF-8") from None
 
 
 def setting(default, text):
     """A field of a settings dataclass: its default and its help text."""
     return field(default=default, metadata={"help": text.replace("%", "%%")})
+
+
+def check_numbers(config, least):
+    """Raise TaskError for a setting that is not finite, or below `least` of its name, or else 0."""
+    for name, value in vars(config).items():
+        bound = least.get(name, 0)
+        if not isinstance(value, str) and not bound <= value < math.inf:  # NaN compares to nothing
+            raise TaskError(f"--{name}: must be a number of at least {bound}, not {value}")
 
 
 def parse_settings(config_class, file_name, argv=None):
@@ -259,17 +275,16 @@ def parse_settings(config_class, file_name, argv=None):
     if not isinstance(values, dict):
         raise TaskError(f"{path}: must be a JSON object, {{setting: value}}")
     for name, value in values.items():
-        if isinstance(value, str) and not isinstance(getattr(config_class, name, ""), str):
+        if not hasattr(config_class, name):
+            raise TaskError(f"{path}: there is no setting {name}")
+        if isinstance(value, str) and not isinstance(getattr(config_class, name), str):
             raise TaskError(f"{path}: {name} must be without quotes, not {value!r}")
     flags = [f"--{name}={value}" for name, value in values.items()]
     in_file = HfArgumentParser(config_class, prog=path, allow_abbrev=False).parse_args(flags)
     given = parser.parse_args(argv, argparse.Namespace(**vars(in_file)))
     sources = {path: [], "the command line": []}
     for name, value in vars(given).items():
-        default = getattr(config_class, name)
-        if isinstance(value, (int, float)) and value < 0 <= default:
-            raise TaskError(f"--{name}: must not be negative, and is {value}")
-        if value != default:
+        if value != getattr(config_class, name):
             source = path if value == getattr(in_file, name) else "the command line"
             sources[source].append(f"--{name} {value}")
     for source, settings in sources.items():
@@ -662,6 +677,12 @@ def has_weights(source):
     return not Path(source).is_dir() or not suffixes.isdisjoint({".safetensors", ".bin"})
 
 
+def is_hub_name(source):
+    """Whether it can be USER/MODEL or MODEL on the hub, and no path, whose first folder is here."""
+    is_name = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", source)
+    return bool(is_name) and not ("/" in source and Path(source).parent.is_dir())
+
+
 def load_model(source, dtype=torch.float32, seed=None, meta=False, labels=None):
     """Load (model, tokenizer) on the CPU: safetensors, no remote code.
 
@@ -669,9 +690,8 @@ def load_model(source, dtype=torch.float32, seed=None, meta=False, labels=None):
     seed: of one to train: what it lacks starts fresh. meta: without memory, for a rank that will
     receive the weights. Raises TaskError for what cannot be loaded whole.
     """
-    parents = Path(source).parents
-    if not Path(source).is_dir() and (parents[2:] or (parents[1:] and parents[0].is_dir())):
-        raise TaskError(f"{source}: there is no such folder")  # nor is it a hub name: USER/MODEL
+    if not Path(source).is_dir() and not is_hub_name(str(source)):
+        raise TaskError(f"{source}: there is no such folder")
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
@@ -778,9 +798,9 @@ def read_labels(renderer, engine, prompts, answers, label_logits, traces):
             before_label = renderer.opening
         else:
             before_label = [t for t in answer if t not in renderer.end_ids] + renderer.opening
-        at = len(before_label)
-        if answer[:at] == before_label and len(answer) > at:
-            logits_NY[i] = label_logits[i][at, :Y]
+        behind = len(before_label)
+        if answer[:behind] == before_label and len(answer) > behind:
+            logits_NY[i] = label_logits[i][behind, :Y]
         else:
             unread.append(i)
             sequences.append([*prompt, *before_label])
@@ -843,13 +863,24 @@ def load_judge(folder, task=None, max_new_tokens=None):
     return renderer, rollout.Engine(model, renderer.end_ids, renderer.read_ids, max_new_tokens)
 
 
+def check_records(renderer, engine, records, most_unknown=MOST_UNKNOWN):
+    """Raise before any work what a judge could not do: TaskError for a pair that does not fit, or
+    words that the tokenizer does not know; rollout.UnsupportedModelError. Says what is cut.
+    """
+    import rollout
+
+    check_words(renderer.tokenizer, records, most_unknown)
+    longest = max(map(len, renderer.prompts(records))) + engine.max_new_tokens
+    rollout.check_model(engine.model, longest)
+    if renderer.truncated:
+        print(f"{renderer.truncated} of {len(records)} documents cut to fit the model's context")
+
+
 def score_file(args):
     """`grm.py score`: grade a JSON Lines file. Results go to OUT.partial, settings to
     OUT.partial.json; a stopped run goes on from there, and OUT appears when all is done, with
     OUT.metrics.json if the pairs have labels.
     """
-    import rollout
-
     out = Path(args.out)
     partial = Path(f"{out}.partial")
     settings = Path(f"{out}.partial.json")
@@ -857,12 +888,7 @@ def score_file(args):
         raise TaskError(f"--out {out}: exists; delete it or choose another name")
     renderer, engine = load_judge(args.model, args.task, args.max_new_tokens)
     records = renderer.task.read(args.pairs, required=())
-    # What does not fit, or is computed wrongly, is named before any work.
-    longest = max(map(len, renderer.prompts(records))) + engine.max_new_tokens
-    check_words(renderer.tokenizer, records)
-    rollout.check_model(engine.model, longest)
-    if renderer.truncated:
-        print(f"{renderer.truncated} of {len(records)} documents cut to fit the model's context")
+    check_records(renderer, engine, records)
     text = json.dumps({name: str(value) for name, value in vars(args).items()})
     with open(partial, "a+b") as file:
         try:
@@ -923,13 +949,9 @@ def grade_file(renderer, engine, records, file, lines, args):
 
 def judge_pair(args):
     """`grm.py judge`: one reasoned judgement, printed."""
-    import rollout
-
     renderer, engine = load_judge(args.model, args.task, args.max_new_tokens)
     record = renderer.task.check({"query": args.query, "document": args.document})
-    check_words(renderer.tokenizer, [record], most=0.25)
-    (prompt,) = renderer.prompts([record])
-    rollout.check_model(engine.model, len(prompt) + engine.max_new_tokens)
+    check_records(renderer, engine, [record], most_unknown=0.25)
     (result,) = judge(renderer, engine, [record])
     if result["problem"]:
         print(f"malformed answer ({result['problem']}): {result['answer']}")

@@ -368,7 +368,8 @@ class Run:
         former = json.loads(path.read_text()) if path.exists() else settings
         for name in settings.keys() - set(free):
             if former.get(name) != settings[name]:
-                raise RunError(f"--out {self.out}: holds a run with --{name} {former.get(name)}")
+                what = f"holds a run with --{name} {former.get(name)}"
+                raise RunError(f"--out {self.out}: {what}; choose another folder")
         write_json(path, settings)
         return (self.out / "summary.json").exists()  # which is written last
 

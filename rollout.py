@@ -45,7 +45,9 @@ compiled = cache(torch.compile)
 
 def fused(function, x, *args):
     """function(x, *args), on CUDA compiled."""
-    return (compiled(function, dynamic=True) if COMPILE and x.is_cuda else function)(x, *args)
+    if COMPILE and x.is_cuda:
+        function = compiled(function, dynamic=True)
+    return function(x, *args)
 
 
 # Attention: one kernel a segment, merged by log-sum-exp -------------------------------------------
@@ -324,8 +326,8 @@ def check_model(model, max_position):
     agree, in sampling and in training. Leaves it under tree attention.
 
     max_position: of the run's longest sequence; what depends on length must not show until there.
-    Returns the largest difference. Raises UnsupportedModelError, with the figure, if it is more
-    than rounding.
+    Returns the largest difference of a token (in half precision the median token's). Raises
+    UnsupportedModelError, with the figure, if it is more than rounding.
     """
     name = type(use_tree_attention(model)).__name__
     config = model.config.get_text_config()
@@ -467,18 +469,24 @@ class Tree:
         return PackedAttention.apply(q_SHD, k_SKD, v_SKD, self.segments, scale)
 
 
+def compile_layers(model):
+    """Compile norms, attention and MLPs, once; not whole layers, since FSDP and checkpointing act
+    around these.
+    """
+    layers = getattr(model.base_model, "layers", [])
+    parts = [x for layer in layers for x in layer.children() if not x._compiled_call_impl]
+    if parts and os.environ.get("RANK", "0") == "0":
+        print(f"{type(model).__name__}: the first passes compile", flush=True)
+    for part in parts:
+        part.compile(dynamic=True)
+
+
 def forward(model, layout):
     """Last hidden states [S, D] of a layout, a Tree or a Decode, as the head takes them."""
     if model.config._attn_implementation != "tree":  # which would run, and attend to other tokens
         raise ValueError("call rollout.check_model or rollout.use_tree_attention first")
     if COMPILE and layout.input_ids.is_cuda:
-        # Norms, attention, MLPs; not whole layers, since FSDP and checkpointing act around these.
-        layers = getattr(model.base_model, "layers", [])
-        parts = [x for layer in layers for x in layer.children() if not x._compiled_call_impl]
-        if parts and os.environ.get("RANK", "0") == "0":
-            print(f"{type(model).__name__}: the first passes compile", flush=True)
-        for part in parts:
-            part.compile(dynamic=True)
+        compile_layers(model)
     out = model.base_model(
         input_ids=layout.input_ids,
         position_ids=layout.position_ids,

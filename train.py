@@ -98,10 +98,9 @@ class Config:
         self.out = self.out or str(Path("runs") / Path(self.task).resolve().name)
         world = int(os.environ.get("WORLD_SIZE", 1))
         least = {"group_size": 2, "prompts_per_step": world, "sft_batch": world}  # one a rank
-        least |= {"temperature": 1e-3, "lr": 1e-12, "sft_lr": 1e-12}
-        for name, value in least.items():
-            if getattr(self, name) < value:
-                raise grm.TaskError(f"--{name}: must be at least {value}")
+        least |= dict.fromkeys(("updates_per_batch", "max_new_tokens", "keep", "timeout"), 1)
+        least |= dict.fromkeys(("lr", "sft_lr", "is_cap", "max_grad_norm"), 1e-12)
+        grm.check_numbers(self, least | {"temperature": 1e-3})
 
 
 # What may change when a run is taken up again: results do not depend on it beyond rounding.
@@ -320,10 +319,8 @@ def rl(policy, engine, reference, renderer, data, config, ranks, run):
         times = {"sampling_s": sampled_at - started, "update_s": updated_at - sampled_at}
         run.log("timing", {"stage": "rl", "step": step + 1, "tokens": num_tokens, **times})
         if step % 10 == 0:
-            # A group with a signal, if there is one.
-            i = int(advantages_PG.abs().sum(1).argmax())
-            credits = credit_A.split(lengths_N.tolist())[i * config.group_size :]
-            log_samples(run, mine[i], answers[i], traces[i], advantages_PG[i], credits, renderer)
+            credits = credit_A.split(lengths_N.tolist())
+            log_samples(run, mine, answers, traces, advantages_PG, credits, renderer)
         speed = num_tokens / (updated_at - started)
         run.status = f"reward {figures['reward']:.2f}, {speed:.0f} tok/s"
 
@@ -375,32 +372,34 @@ def chances(figures, traces):
     """What the answers before the first update say of RL's chances; printed, with a warning."""
     names = ("reward", "malformed", "frac_zero_std")
     before = {name: figures[name] for name in names}
-    parallel.print0(", ".join(f"{name} {value:.2f}" for name, value in before.items()))
+    shares = ", ".join(f"{name} {value:.2f}" for name, value in before.items())
+    parallel.print0(f"before RL: {shares}")
     problems = Counter(trace.problem for group in traces for trace in group if trace.problem)
     if before["malformed"] > 0.5:
-        cause = (
-            f"most answers are malformed ({problems.most_common(2)}); more --sft_steps, a higher"
-        )
-        parallel.print0(f"warning: {cause} --sft_lr or longer --max_new_tokens may help")
+        parallel.print0(f"warning: most answers are malformed: {problems.most_common(2)}")
+        parallel.print0("  more --sft_steps, a higher --sft_lr, longer --max_new_tokens may help")
     elif before["frac_zero_std"] > 0.95:
-        cause = "in nearly all groups all answers are right, or all are wrong: there is no signal"
-        parallel.print0(f"warning: {cause}; a higher --temperature or other pairs may help")
+        parallel.print0("warning: nearly no group has right and wrong answers: there is no signal")
+        parallel.print0("  a higher --temperature or other pairs may help")
     return before
 
 
-def log_samples(run, record, answers, traces, advantages_G, credits, renderer):
-    """Log a group's best and its worst answer, with the credit of their steps."""
+def log_samples(run, batch, answers, traces, advantages_PG, credits, renderer):
+    """Log the best and the worst answer of the group with most signal, with their steps' credit."""
+    p = int(advantages_PG.abs().sum(1).argmax())
     names = ("query", "document", "label", "step_labels")
-    pair = {name: record[name] for name in names if name in record}
-    for i in (int(advantages_G.argmax()), int(advantages_G.argmin())):
+    pair = {name: batch[p][name] for name in names if name in batch[p]}
+    for g in (int(advantages_PG[p].argmax()), int(advantages_PG[p].argmin())):
+        answer, trace = answers[p][g], traces[p][g]
+        credit_T = credits[p * len(answers[p]) + g]
         steps = []
-        for step in traces[i].steps:
-            text = renderer.decode(answers[i][step.start : step.end])
-            steps.append({"text": text, "credit": float(credits[i][step.end - 1])})
-        figures = {"reward": grm.reward(traces[i], pair["label"])}
-        figures["advantage"] = float(advantages_G[i])
-        outcome = {"answer": renderer.decode(answers[i]), "problem": traces[i].problem}
-        run.log("samples", {"step": run.step + 1, **pair, **figures, **outcome, "steps": steps})
+        for step in trace.steps:
+            text = renderer.decode(answer[step.start : step.end])
+            steps.append({"text": text, "credit": float(credit_T[step.end - 1])})
+        figures = {"reward": grm.reward(trace, pair["label"])}
+        figures["advantage"] = float(advantages_PG[p, g])
+        outcome = {"answer": renderer.decode(answer), "problem": trace.problem, "steps": steps}
+        run.log("samples", {"step": run.step + 1, **pair, **figures, **outcome})
 
 
 # Stage 3: what came out ---------------------------------------------------------------------------

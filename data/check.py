@@ -24,8 +24,6 @@ import grm
 import rollout
 import train
 
-MOST_UNKNOWN = 0.01  # of a file's tokens
-
 
 def read_files(task):
     """{name: records} of a task's JSON Lines. Raises grm.TaskError."""
@@ -126,20 +124,15 @@ def check_with_model(task, config):
     """Print tokens, a prompt and a demonstration. Raises for what train.py refuses."""
     model, tokenizer = grm.load_model(config.model, meta=True)
     rollout.use_tree_attention(model)
-    context = model.config.max_position_embeddings
+    context = model.config.get_text_config().max_position_embeddings
     print(f"\n{config.model}: context {context:,}, of which {config.max_new_tokens} for the answer")
     renderer = grm.Renderer(task, tokenizer, context, config.max_new_tokens)
     data = train.load_data(config, task, renderer)
-    rows = [["", "prompt: tokens", "unknown"]]
+    rows = [["", "prompt: tokens", "unknown words"]]
     for name, records in data.items():
-        texts = [f"{record['query']} {record['document']}" for record in records]
-        ids = [i for text in texts for i in tokenizer(text, add_special_tokens=False).input_ids]
-        unknown = ids.count(tokenizer.unk_token_id) / len(ids)
+        text = " ".join(f"{record['query']} {record['document']}" for record in records)
+        unknown = len(grm.unknown_words(tokenizer, text)) / len(text.split())
         rows.append([name, spread([len(r["prompt_ids"]) for r in records]), f"{unknown:.1%}"])
-        if unknown > MOST_UNKNOWN:
-            print(
-                f"warning: {name}.jsonl: {unknown:.1%} of its tokens are unknown to the tokenizer"
-            )
     print_rows(rows)
     record = (data.get("sft") or next(iter(data.values())))[0]
     print(f"\n{renderer.decode(record['prompt_ids'])}")

@@ -340,7 +340,7 @@ def parse_args():
     """The command line."""
     parser = argparse.ArgumentParser(
         prog="rollout.py",
-        description=main.__doc__,
+        description=f"{main.__doc__} (`rollout.py --check MODEL` has a --help of its own.)",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument

@@ -290,7 +290,7 @@ def test_check(tmp_path, capsys):
             {"test_b": [pair("skiing", "lima", "0", "3", "3") | {"label": "0"}]},
             "1 pairs have a label that is not the one of their step",
         ),
-        ({"test_b": [pair("zebra", "lima " * 60, "0", "0", "0")]}, "test_b.jsonl: 1.6% of its tokens are unknown"),
+        ({"test_b": [pair("zebra", "lima " * 60, "0", "0", "0")]}, "does not know 1.0% of the words, such as ['zebra']"),
         ({"test_b": files["train"][:1]}, "1 pairs of test_b.jsonl are in train.jsonl too"),
     ):
         said = check(**changes)[1]

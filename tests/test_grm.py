@@ -125,6 +125,8 @@ def test_criteria_are_read_as_they_are_written(tmp_path):
 
 BAD_TASKS = [
     ({"labels": "[a, b"}, "must begin with labels, relevant, steps and format"),
+    (lambda text: text.replace(b"relevant:", b"lables:"), "and format, YAML.*: it has labels, lables, steps, format$"),
+    (lambda text: b"criteria", "and format, YAML.*: it begins otherwise$"),
     ({"labels": "[" * 3000 + "]" * 3000}, "must begin with labels, relevant, steps and format"),
     (lambda text: b"Title\n" + text, "must begin with labels, relevant, steps and format"),
     (lambda text: text + b"\xff", "must begin with labels, relevant, steps and format"),
@@ -197,16 +199,20 @@ def test_read_names_each_fault_once(tmp_path):
     *faults, of_id = str(caught.value).split("\n")
     for i, (said, (_, message)) in enumerate(zip(faults, BAD_LINES[:-1], strict=True)):
         assert said.startswith(f"{tmp_path / 'x.jsonl'}:{2 * i + 2}: ") and message in said
-    assert of_id == f"{tmp_path / 'x.jsonl'}:1: no query_id, which other pairs have"
+    assert of_id == f"{tmp_path / 'x.jsonl'}:1: no query_id, which other pairs have: give it to all or none"
     for message, line, required in (("'response' is missing", GOOD, ("response",)), ("holds no pairs", b" ", ())):
         with pytest.raises(TaskError, match=message):
             read_lines(tmp_path, line, required=required)
 
 
 OTHER_FILES = [
-    (b"\xef\xbb\xbfquery;document;label\nq;d;1\n", ": begins with 'query;document;label'; JSON Lines are an object a line"),
-    (b'[\n{"query": "q"},\n{"query": "q"}]', r": begins with '\['; JSON Lines are an object a line, no table and no array"),
-    (json.dumps(GOOD).encode("utf-16"), ":1: is UTF-16; save the file as UTF-8"),
+    ("\ufeffFrage;Größe;label\nq;d;1\n".encode(), ": begins with 'Frage;Größe;label'; JSON Lines are an object a line"),
+    ("Frage;Größe\n".encode("cp1252"), ": begins with 'Frage;Gr.{2}e'; JSON Lines are an object a line; data/from_csv.py"),
+    (
+        b'[\n{"query": "q"},\n{"query": "q"}]',
+        r": begins with '\['; JSON Lines are an object a line; data/from_csv.py reads tables",
+    ),
+    (json.dumps(GOOD).encode("utf-16"), ": is UTF-16; save the file as UTF-8"),
     ('{"query": "q"}\n{"query": "café"}'.encode("cp1252"), ":2: is not UTF-8; save the file as UTF-8"),
 ]
 
@@ -990,7 +996,9 @@ def test_a_model_knows_what_it_was_trained_for(trained, tmp_path, monkeypatch):
     """Its folder's criteria serve where --task is not given; a task of another format is refused, other criteria are not."""
     model, task = shutil.copytree(trained, tmp_path / "model"), Task.load(NOTES)
     judged = lambda *more: run(monkeypatch, "judge", "--model", model, "--max_new_tokens", 2, *more, "winter", "kids")
-    assert re.search(r"criteria.md: No such file.* \(--task\)", judged())
+    assert re.search(
+        r"criteria.md: No such file.*; --task names a folder that has it, --model one that train.py wrote", judged()
+    )
     task.save(model)
     replace(task, criteria="Anything with \\boxed{grade}.").save(tmp_path)
     assert judged() is None and judged("--task", tmp_path) is None
