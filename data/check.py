@@ -144,6 +144,17 @@ def check_with_model(task, config):
             print(f"{name:>14} | {step.label:>6} | {text}")
 
 
+def check_order(task, files):
+    """Warn of labels that seem to stand from best to worst."""
+    weights = overlap.word_weights({record["document"] for record in files["train"]})
+    scores = overlap.overlap_scores(files["train"], weights)
+    places = [task.labels.index(record["label"]) for record in files["train"]]
+    if np.std(scores) and np.std(places) and np.corrcoef(scores, places)[0, 1] < -0.1:
+        print(
+            "warning: the more words a pair shares, the worse its label: is worst first in labels?"
+        )
+
+
 def print_baselines(task, files):
     """Print what trains no model, in the columns of train.py's table."""
     results = defaultdict(dict)
@@ -165,6 +176,7 @@ def check(folder, model):
         print(f"warning: {folder / 'criteria.md'}: has places that are still to FILL IN")
     check_labels(task, files)
     check_pairs(files)
+    check_order(task, files)
     flags = ["--task", str(folder), *(["--model", model] if model else [])]
     if model or (folder / "model").is_dir():
         check_with_model(task, grm.parse_settings(train.Config, "train.json", flags))

@@ -83,23 +83,26 @@ def make_tokenizer(task, demonstrations):
     return tokenizer
 
 
-def make_config(tokenizer):
-    """A Qwen3 of 0.9 M parameters, 0.5 M of them embeddings."""
+def make_config(tokenizer, **shape):
+    """A Qwen3 of 0.9 M parameters, 0.5 M of them embeddings; shape: what is to be otherwise."""
+    settings = {
+        "hidden_size": 128,
+        "intermediate_size": 320,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "max_position_embeddings": CONTEXT,
+        "initializer_range": 0.06,  # at this width, Qwen's 0.02 learns several times slower
+        "tie_word_embeddings": True,
+    }
     return Qwen3Config(
         vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=320,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=CONTEXT,
-        initializer_range=0.06,  # at this width, Qwen's 0.02 learns several times slower
-        tie_word_embeddings=True,
         architectures=["Qwen3ForCausalLM"],
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
+        **(settings | shape),
     )
 
 

@@ -275,6 +275,8 @@ def test_check(tmp_path, capsys):
 
     out, warnings = check()
     assert warnings == ["no pair of train.jsonl has the label 0, 2"]
+    turned = [record | {"document": {"3": "plants", "1": "kids", "-1": "sofas"}[record["label"]]} for record in files["train"]]
+    assert any("is worst first in labels?" in line for line in check(train=turned)[1])
     table = {line.split()[0]: line.split() for line in out.split("query, document:")[0].splitlines()[2:]}
     assert table["train"][1:8] == ["8", "3", "1", "0", "1", "0", "6"]
     results = {tuple(line.split()[:2]): line.split()[2] for line in out.split("test set")[1].splitlines()[1:]}

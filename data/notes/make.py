@@ -30,10 +30,15 @@ import argparse
 import json
 import random
 import re
+import sys
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import ModernBertConfig, PreTrainedTokenizerFast, Qwen3Config
+from transformers import ModernBertConfig, PreTrainedTokenizerFast
+
+# Python puts only this script's own folder on the path, or that of a script that imports it.
+sys.path.extend(map(str, Path(__file__).resolve().parents[1:3]))
+from fresh import CHAT_TEMPLATE, make_config
 
 SEED = 20260
 SIZES = {"sft": 7500, "train": 4500, "test_random": 500, "test_longtail": 500, "unlabelled": 4000}
@@ -114,11 +119,8 @@ TRAIN = {"eval_every": 40, "sft_steps": 1400, "sft_batch": 16, "sft_lr": 1.5e-3}
 TRAIN |= {"rl_steps": 120, "prompts_per_step": 16, "group_size": 8, "lr": 2e-4}
 DISTILL = {"pairs": "train.jsonl,sft.jsonl,unlabelled.jsonl", "samples": 1}
 DISTILL |= {"steps": 6500, "batch": 32, "lr": 1.4e-3}
-
-CHAT_TEMPLATE = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
+# The policy: a Qwen3 of about 0.6 M parameters.
+SHAPE = {"num_hidden_layers": 3, "intermediate_size": 384, "max_position_embeddings": 512}
 
 
 def write_criteria(num_steps, answer_format, form):
@@ -389,26 +391,6 @@ def make_student_tokenizer(texts):
     )
 
 
-def make_config(tokenizer):
-    """A Qwen3 of about 0.6 M parameters."""
-    return Qwen3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-        initializer_range=0.06,  # at this width, Qwen's 0.02 learns several times slower
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        architectures=["Qwen3ForCausalLM"],
-    )
-
-
 def make_student_config(tokenizer):
     """A ModernBERT of about 0.12 M parameters, a fifth of the policy's.
 
@@ -468,7 +450,7 @@ def make(out, answer_format="reason-first", num_steps=3, error=None, form=FORMS[
     frame = [criteria.split("---\n", 2)[2], "system user assistant query document -1 0 1 2 3"]
     tokenizer = make_tokenizer([*frame, *pairs, *responses])
     tokenizer.save_pretrained(out / "model")
-    make_config(tokenizer).save_pretrained(out / "model")
+    make_config(tokenizer, **SHAPE).save_pretrained(out / "model")
     student_tokenizer = make_student_tokenizer(pairs)
     student_tokenizer.save_pretrained(out / "student")
     make_student_config(student_tokenizer).save_pretrained(out / "student")
