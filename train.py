@@ -314,8 +314,6 @@ def rl(policy, engine, reference, renderer, data, config, ranks, run):
         figures |= sam.rollout_stats(*(ranks.gather_rows(x) for x in of_answers))
         figures |= step_figures(mine, traces, rewards_PG, credit_A, lengths_N, step_ends_NK, ranks)
         run.log("metrics", {"stage": "rl", "step": step + 1, **figures})
-        if step == 0:
-            run.summary["before_rl"] = chances(figures, traces)
         times = {"sampling_s": sampled_at - started, "update_s": updated_at - sampled_at}
         run.log("timing", {"stage": "rl", "step": step + 1, "tokens": num_tokens, **times})
         if step % 10 == 0:
@@ -368,13 +366,38 @@ def step_figures(batch, traces, rewards_PG, credit_A, lengths_N, step_ends_NK, r
     return sam.step_stats(*(ranks.gather_rows(x[known_N]) for x in of_steps))
 
 
-def chances(figures, traces):
-    """What the answers before the first update say of RL's chances; printed, with a warning."""
-    names = ("reward", "malformed", "frac_zero_std")
-    before = {name: figures[name] for name in names}
+PROBED = 128  # pairs
+
+
+def chances(engine, renderer, pairs, config, ranks):
+    """What the model's answers to some pairs say of RL's chances, {figure: share}; printed, with a
+    warning. RL makes the best of sampled answers the usual ones: what it may gain is pass@G (the
+    share of groups with a right answer) less greedy.
+    """
+    G = config.group_size
+    mine = pairs[ranks.sampling_share(len(pairs))]
+    judged = []  # of each pair, the sampled answers and behind them the greedy one
+    if mine:
+        prompts = [record["prompt_ids"] for record in mine]
+        options = {"group_size": G, "temperature": config.temperature, "seed": config.seed}
+        groups = engine.sample(prompts, **options).answers
+        greedy, _ = engine.generate(prompts)
+        for record, group, answer in zip(mine, groups, greedy, strict=True):
+            traces = [renderer.parse(ids) for ids in (*group, answer)]
+            judged.append([(grm.reward(trace, record["label"]), trace.problem) for trace in traces])
+    if ranks.sampling_shards == 1:
+        judged = [*chain(*ranks.gather(judged))]
+    rewards_PG = torch.tensor([[reward for reward, _ in answers[:G]] for answers in judged])
+    problems = Counter(problem for answers in judged for _, problem in answers[:G] if problem)
+    before = {
+        "greedy": sum(answers[G][0] for answers in judged) / len(judged),
+        "reward": float(rewards_PG.mean()),
+        f"pass@{G}": float(rewards_PG.amax(1).mean()),
+        "frac_zero_std": float((rewards_PG.amax(1) == rewards_PG.amin(1)).float().mean()),
+        "malformed": problems.total() / rewards_PG.numel(),
+    }
     shares = ", ".join(f"{name} {value:.2f}" for name, value in before.items())
-    parallel.print0(f"before RL: {shares}")
-    problems = Counter(trace.problem for group in traces for trace in group if trace.problem)
+    parallel.print0(f"before RL, {len(judged)} pairs: {shares}")
     if before["malformed"] > 0.5:
         parallel.print0(f"warning: most answers are malformed: {problems.most_common(2)}")
         parallel.print0("  more --sft_steps, a higher --sft_lr, longer --max_new_tokens may help")
@@ -531,6 +554,10 @@ def main():
             source = out / "sft" if (out / "sft").exists() else config.model
             reference, _ = make_policy(source, config, ranks)
             reference = parallel.shard(reference, ranks, bf16).requires_grad_(False)
+        if "before_rl" not in run.summary:
+            count = min(PROBED, len(data["train"]))
+            first = parallel.epoch_batch(data["train"], count, 0, config.seed, 1)
+            run.summary["before_rl"] = chances(engine, renderer, first, config, ranks)
         rl(policy, engine, reference, renderer, data, config, ranks, run)
         run.summary["rl"] = evaluate(engine, renderer, data, ranks, run)
     export(policy, renderer, out / "model", config.max_new_tokens, dtype, ranks)

@@ -100,7 +100,7 @@ def test_torchrun_writes_everything(task, tmp_path):
     assert len(samples[0]["step_labels"]) == 3 and (out / "curves.png").read_bytes().startswith(b"\x89PNG")
     summary = json.loads((out / "summary.json").read_text())
     assert set(summary) == {"sft", "before_rl", "rl"} and set(summary["rl"]) == {"test_random", "test_longtail"}
-    assert summary["before_rl"] == {name: metrics[4][name] for name in ("reward", "malformed", "frac_zero_std")}
+    assert set(summary["before_rl"]) == {"greedy", "reward", "pass@2", "frac_zero_std", "malformed"}
     assert "warning: most answers are malformed: [('" in done.stdout and "before_rl" not in done.stdout
     for name in ("sft", "model"):
         model = AutoModelForCausalLM.from_pretrained(out / name)
@@ -231,7 +231,9 @@ def test_rl_raises_the_reward(task, tmp_path, monkeypatch):
     rewards = [r["reward"] for r in lines(tmp_path / "a" / "metrics.jsonl") if r["stage"] == "rl"]
     assert rewards[0] < 0.8 and rewards[-1] > 0.95
     summary = json.loads((tmp_path / "a" / "summary.json").read_text())
-    assert summary["rl"]["test_random"]["accuracy"] == 1.0 and summary["before_rl"]["reward"] == rewards[0]
+    assert summary["rl"]["test_random"]["accuracy"] == 1.0
+    before = summary["before_rl"]
+    assert before["greedy"] <= before["pass@8"] == 1 and abs(before["reward"] - rewards[0]) < 0.3 and before["frac_zero_std"] < 0.5
     samples = lines(tmp_path / "a" / "samples.jsonl")
     assert [row["step"] for row in samples] == [1, 1, 11, 11, 21, 21] and samples[0]["reward"] > samples[1]["reward"]
     assert all(step["credit"] == row["advantage"] for row in samples for step in row["steps"])
@@ -239,16 +241,24 @@ def test_rl_raises_the_reward(task, tmp_path, monkeypatch):
 
 def test_chances_before_rl(capsys):
     """Hours of RL on answers that are all malformed, or all right, and exit code 0. The cause is named; the run goes on."""
-    traces = [[grm.Trace(problem="not ended")] * 3 + [grm.Trace(problem="missing boxes"), grm.Trace(label="1")]]
-    for malformed, zero_std, message in (
-        (0.8, 1.0, r"warning: most answers are malformed: \[\('not ended', 3\), .*\n.*--sft_steps.*--sft_lr.*--max_new_tokens"),
-        (0.5, 0.96, r"warning: nearly no group has right and wrong answers: .*\n.*--temperature"),
-        (0.5, 0.95, None),
+    task = grm.Task.load(NOTES)
+    tokenizer = AutoTokenizer.from_pretrained(NOTES / "model")
+    renderer = grm.Renderer(task, tokenizer)
+    config, ranks = train.Config(group_size=2), parallel.Ranks()
+    right, wrong = (renderer.encode_response("topic \\boxed{3} constraints \\boxed{3} promotion \\boxed{%d}" % x) for x in (3, 1))
+    open_ended, two_boxes = right[:-1], right[: len(right) // 2] + right[-1:]
+    pairs = [{"prompt_ids": [7], "label": "3"}] * 4
+    for groups, greedy, expected, message in (
+        ([[right, wrong], [wrong, wrong], [right, wrong], [right, right]], [right, wrong, wrong, wrong], (0.25, 0.5, 0.75, 0.5, 0.0), None),
+        ([[wrong, wrong], [right, right]] * 2, [right] * 4, (1.0, 0.5, 0.5, 1.0, 0.0), r"warning: nearly no group has right and wrong answers: .*\n.*--temperature"),
+        ([[open_ended, open_ended], [open_ended, two_boxes]] * 2, [right] * 4, (1.0, 0.0, 0.0, 1.0, 1.0),
+         r"warning: most answers are malformed: \[\('[^']*', 6\), \('[^']*', 2\)\]\n.*--sft_steps.*--sft_lr.*--max_new_tokens"),
     ):
-        figures = {"reward": 0.25, "malformed": malformed, "frac_zero_std": zero_std}
-        assert train.chances(figures | {"loss": 1.0}, traces) == figures
+        engine = SimpleNamespace(generate=lambda prompts: (greedy, None), sample=lambda prompts, **_: SimpleNamespace(answers=groups))
+        before = train.chances(engine, renderer, pairs, config, ranks)
+        assert before == dict(zip(("greedy", "reward", "pass@2", "frac_zero_std", "malformed"), expected, strict=True))
         first, _, more = capsys.readouterr().out.partition("\n")
-        assert first == f"before RL: reward 0.25, malformed {malformed:.2f}, frac_zero_std {zero_std:.2f}"
+        assert first == "before RL, 4 pairs: " + ", ".join(f"{name} {share:.2f}" for name, share in before.items())
         assert re.match(message, more) if message else not more
 
 
