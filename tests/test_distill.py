@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import NOTES, make_model
+from conftest import NOTES, ROOT, make_model
 from naive import label_probs, script
 from safetensors.torch import load_file, save_file
 from sentence_transformers import CrossEncoder
@@ -445,7 +445,7 @@ def test_causal_student_scores_with_grm(task, monkeypatch):
     folder, scored = task.parent / "out" / "model", task.parent / "scored.jsonl"
     flags = ["score", "--model", folder, "--pairs", task / "test_random.jsonl", "--out", scored]
     monkeypatch.setattr(sys, "argv", ["grm.py", *map(str, flags)])
-    grm.main()
+    runpy.run_path(str(ROOT / "grm.py"), run_name="__main__")
     student, *_ = make_student(task, f"--student={folder}")
     expected = student.predict(grm.Task.load(task).read(task / "test_random.jsonl"))
     for line, prediction in zip(scored.read_text().splitlines(), expected, strict=True):

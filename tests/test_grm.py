@@ -35,6 +35,7 @@ from grm import Renderer, Task, TaskError, judge, load_model, metrics
 
 GRADES = ["-1", "0", "1", "2", "3"]
 MAKER = runpy.run_path(str(NOTES / "make.py"))
+SCORE = runpy.run_path(str(ROOT / "docs" / "score.py"))
 QUICK = settings(max_examples=50, deadline=None, derandomize=True)
 
 NO_SYSTEM = (
@@ -862,7 +863,7 @@ def run(monkeypatch, *arguments):
     """grm.py with these arguments; returns what it exits with (None: well)."""
     monkeypatch.setattr(sys, "argv", ["grm.py", *map(str, arguments)])
     try:
-        return parallel.launch(grm.main, errors=(TaskError, rollout.UnsupportedModelError))
+        return parallel.launch(SCORE["main"], errors=(TaskError, rollout.UnsupportedModelError))
     except SystemExit as stop:
         return stop.code
 
@@ -1028,9 +1029,10 @@ def test_judge_prints_the_steps_and_the_distribution(monkeypatch, capsys):
 
 
 def test_copied_alone(tmp_path, trained):
-    """A project file imported where this one is copied to; scoring, and only that, needs rollout.py and parallel.py."""
-    for name in ("grm.py", "rollout.py", "parallel.py"):
-        shutil.copy(ROOT / name, tmp_path)
+    """A project file imported where this one is copied to; its commands, and only these, need the others."""
+    (tmp_path / "docs").mkdir()
+    for name in ("grm.py", "rollout.py", "parallel.py", "docs/score.py"):
+        shutil.copy(ROOT / name, tmp_path / name)
     clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "grm.py", "judge", f"--model={trained}", f"--task={NOTES}", "--max_new_tokens=2", "kids", "kids"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=clean)
