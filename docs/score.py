@@ -1,7 +1,9 @@
 """Grade pairs with a model that train.py or distill.py wrote.
 
-python grm.py score --model DIR --pairs IN.jsonl --out OUT.jsonl [--task DIR] [--explain]
-python grm.py judge --model DIR "query" "document"
+    python grm.py score --model DIR --pairs IN.jsonl --out OUT.jsonl [--task DIR] [--explain]
+    python grm.py judge --model DIR "query" "document"
+
+A stopped `score` goes on by the same command.
 """
 
 import argparse
@@ -117,7 +119,7 @@ def judge_pair(args):
 
 def main():
     """Command line: `score` a file of pairs or `judge` one pair."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(prog="grm.py", description=__doc__.partition("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     score = commands.add_parser("score", help="grade a file")
     single = commands.add_parser("judge", help="grade one pair")
