@@ -693,6 +693,8 @@ def load_model(source, dtype=torch.float32, seed=None, meta=False, labels=None):
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         kind = AutoModelForCausalLM
+        if not labels and "ForSequenceClassification" in str(config.architectures):
+            raise ValueError("it is a classifier; the README shows how one is served")
         if labels and not str(config.architectures).endswith("ForCausalLM']"):
             kind = AutoModelForSequenceClassification
             config.id2label = dict(enumerate(labels))

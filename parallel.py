@@ -102,16 +102,12 @@ def launch(main, errors=()):
 class Ranks:
     """This process among those that torchrun started: rank, world (their number), device.
 
-    timeout_s: a collective that waits longer raises, which ends the job. sampling_shards: 1, each
-    rank samples for itself; or all, which then sample together, each with a part of the weights.
+    timeout_s: a collective that waits longer raises, which ends the job.
     """
 
-    def __init__(self, timeout_s=1800, sampling_shards=1):
+    def __init__(self, timeout_s=1800):
         self.rank = int(os.environ.get("RANK", 0))
         self.world = int(os.environ.get("WORLD_SIZE", 1))
-        self.sampling_shards = sampling_shards
-        if sampling_shards not in (1, self.world):
-            raise RunError(f"--sampling_shards: 1, or all {self.world} ranks")
         self.device = torch.device("cpu")
         backend = "gloo"
         if torch.cuda.is_available():
@@ -129,10 +125,6 @@ class Ranks:
     def share(self, count):
         """The slice of `count` things that this rank takes; sizes differ by at most one."""
         return slice(self.rank * count // self.world, (self.rank + 1) * count // self.world)
-
-    def sampling_share(self, count):
-        """The slice of `count` things that this rank samples for: its share, or all together."""
-        return self.share(count) if self.sampling_shards == 1 else slice(0, count)
 
     def equalize(self, micro_batches, empty):
         """This rank's micro-batches, and `empty` ones, whose loss is 0, until it has as many as the
@@ -206,53 +198,15 @@ def transformer_layers(model):
     return max((m for m in model.modules() if isinstance(m, torch.nn.ModuleList)), key=len)
 
 
-# Tensor parallelism (arXiv 1909.08053): a rank has some of the heads, and of the MLP's neurons. By
-# hand: under torch's parallelize_module, ranks on gloo aborted now and then with a broken heap.
-ROWS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
-COLUMNS = ("o_proj", "down_proj")  # whose outputs are summed over the ranks
-
-
-def _slice(model, ranks):
-    """Keep this rank's slices of a transformer on meta; model.slices: {name: dimension}."""
-    model.slices = {}
-    for name, p in [*model.named_parameters()]:
-        path, _, kind = name.rpartition(".")
-        layer = path.rpartition(".")[2]
-        if layer in ROWS or (layer in COLUMNS and kind == "weight"):
-            model.slices[name] = dim = int(layer in COLUMNS)
-            shape = p.chunk(ranks.world, dim)[ranks.rank].shape
-            setattr(model.get_submodule(path), kind, torch.nn.Parameter(p.new_empty(shape), False))
-    for name, layer in model.named_modules():
-        if name.rpartition(".")[2] in COLUMNS:
-            layer.register_forward_hook(_sum_over_ranks)
-
-
-def _sum_over_ranks(layer, inputs, output):
-    """The hook of a layer whose columns are sliced; each output has the whole bias."""
-    bias = 0 if layer.bias is None else layer.bias
-    output = output - bias
-    dist.all_reduce(output)
-    return output + bias
-
-
 @torch.no_grad()
 def sampling_copy(model, ranks, bf16=False):
-    """A model as a rank needs it to sample: whole, or with sampling_shards a slice of every
-    layer; one rank in float32 has the model itself. For all ranks to call. RunError: no slices.
+    """A model as a rank needs it to sample, whole; one rank in float32 has the model itself. For
+    all ranks to call.
     """
     if ranks.world == 1 and not bf16:
         return model
     with torch.device("meta"):
         copy = type(model)(model.config).eval().requires_grad_(False)
-    if ranks.sampling_shards > 1:
-        kind = model.config.model_type
-        heads = getattr(model.config, "num_key_value_heads", 1)
-        if kind not in ("qwen3", "qwen2", "llama") or heads % ranks.world:
-            raise RunError(
-                f"--sampling_shards {ranks.world}: splits qwen3, qwen2 and llama by key-value "
-                f"heads; this is {kind} with {heads}"
-            )
-        _slice(copy, ranks)
     if bf16:  # of parameters alone: rotary frequencies, buffers, would give other positions
         for p in copy.parameters():
             p.data = p.data.to(torch.bfloat16)
@@ -269,14 +223,9 @@ def copy_weights(target, model):
     """Copy a model's weights into its sampling copy, tensor by tensor. Every rank must call it."""
     if target is model:
         return
-    slices = getattr(target, "slices", {})
-    parameters = zip(target.named_parameters(), model.parameters(), strict=True)
-    for (name, ours), theirs in parameters:
+    for ours, theirs in zip(target.parameters(), model.parameters(), strict=True):
         theirs = theirs.detach().to(ours.dtype)  # before the gathering: half the bytes
-        whole = theirs.full_tensor() if isinstance(theirs, DTensor) else theirs
-        if name in slices:
-            whole = whole.chunk(dist.get_world_size(), slices[name])[dist.get_rank()]
-        ours.copy_(whole)
+        ours.copy_(theirs.full_tensor() if isinstance(theirs, DTensor) else theirs)
 
 
 @torch.no_grad()

@@ -640,16 +640,6 @@ class Rollout:
     logprobs_A: torch.Tensor
     label_logits_AY: torch.Tensor
 
-    def part(self, prompts):
-        """The Rollout of some of the prompts, a slice of them."""
-        G = len(self.answers[0])
-        rows = slice(prompts.start * G, prompts.stop * G)
-        lengths = self.lengths_N.tolist()
-        logprobs = self.logprobs_A.split(lengths)[rows]
-        label_logits = self.label_logits_AY.split(lengths)[rows]
-        of_answers = (self.answers[prompts], self.lengths_N[rows], self.ended_N[rows])
-        return Rollout(*of_answers, torch.cat(logprobs), torch.cat(label_logits))
-
 
 def uniforms(seed, step, rows, width):
     """The table [rows, width] of float64 uniforms from which tokens are drawn. A row depends on

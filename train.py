@@ -65,7 +65,6 @@ class Config:
     save_every: int = setting(0, "save every so many steps (0: every ten minutes)")
     keep: int = setting(2, "checkpoints to keep, the newest")
     timeout: int = setting(1800, "seconds that a rank waits for another before the job ends")
-    sampling_shards: int = setting(1, "ranks that share a copy of the model to sample: 1, or all")
     # SFT
     sft_steps: int = setting(400, "steps of fine-tuning on TASK/sft.jsonl (0: none)")
     sft_batch: int = setting(64, "demonstrations a step")
@@ -105,7 +104,7 @@ class Config:
 
 # What may change when a run is taken up again: results do not depend on it beyond rounding.
 FREE = ("out", "max_tokens", "cache_tokens", "activation_checkpointing", "save_every", "keep")
-FREE += ("timeout", "sampling_shards", "compile")
+FREE += ("timeout", "compile")
 
 
 # Data ---------------------------------------------------------------------------------------------
@@ -229,18 +228,16 @@ def rl(policy, engine, reference, renderer, data, config, ranks, run):
         # 1. Draw pairs and sample a group of answers to each; each rank goes on with its share.
         batch = parallel.epoch_batch(data["train"], config.prompts_per_step, step, config.seed, 1)
         share = ranks.share(len(batch))
-        ours = ranks.sampling_share(len(batch))  # its share, or all that the ranks sample together
+        mine = batch[share]
+        prompts = [record["prompt_ids"] for record in mine]
         sampled = engine.sample(
-            [record["prompt_ids"] for record in batch[ours]],
+            prompts,
             group_size=config.group_size,
             temperature=config.temperature,
             seed=config.seed,
             step=step,
-            first_row=ours.start * config.group_size,
+            first_row=share.start * config.group_size,
         )
-        sampled = sampled.part(slice(share.start - ours.start, share.stop - ours.start))
-        mine = batch[share]
-        prompts = [record["prompt_ids"] for record in mine]
         answers = sampled.answers
         lengths_N = sampled.lengths_N
         sampled_at = time.perf_counter()
@@ -375,18 +372,18 @@ def chances(engine, renderer, pairs, config, ranks):
     share of groups with a right answer) less greedy.
     """
     G = config.group_size
-    mine = pairs[ranks.sampling_share(len(pairs))]
+    share = ranks.share(len(pairs))
+    mine = pairs[share]
     judged = []  # of each pair, the sampled answers and behind them the greedy one
     if mine:
         prompts = [record["prompt_ids"] for record in mine]
-        options = {"group_size": G, "temperature": config.temperature, "seed": config.seed}
-        groups = engine.sample(prompts, **options).answers
+        sampling = {"group_size": G, "temperature": config.temperature, "seed": config.seed}
+        groups = engine.sample(prompts, first_row=share.start * G, **sampling).answers
         greedy, _ = engine.generate(prompts)
         for record, group, answer in zip(mine, groups, greedy, strict=True):
             traces = [renderer.parse(ids) for ids in (*group, answer)]
             judged.append([(grm.reward(trace, record["label"]), trace.problem) for trace in traces])
-    if ranks.sampling_shards == 1:
-        judged = [*chain(*ranks.gather(judged))]
+    judged = [*chain(*ranks.gather(judged))]
     rewards_PG = torch.tensor([[reward for reward, _ in answers[:G]] for answers in judged])
     problems = Counter(problem for answers in judged for _, problem in answers[:G] if problem)
     before = {
@@ -434,10 +431,9 @@ def evaluate(engine, renderer, data, ranks, run):
     scores = {}
     figures = {}
     for name in [name for name in data if name.startswith("test")]:
-        mine = data[name][ranks.sampling_share(len(data[name]))]
+        mine = data[name][ranks.share(len(data[name]))]
         predictions = grm.judge(renderer, engine, mine) if mine else []
-        if ranks.sampling_shards == 1:
-            predictions = [p for part in ranks.gather(predictions) for p in part]
+        predictions = [*chain(*ranks.gather(predictions))]
         scores[name] = grm.metrics(renderer.task, data[name], predictions)
         figures |= {f"{name}/{key}": scores[name][key] for key in ("accuracy", "macro_f1")}
     at = {"stage": run.stage, "step": run.step}
@@ -505,7 +501,7 @@ def main():
     hf_logging.disable_progress_bar()
     config = grm.parse_settings(Config, "train.json")
     out = Path(config.out)
-    ranks = parallel.Ranks(config.timeout, config.sampling_shards)
+    ranks = parallel.Ranks(config.timeout)
     task = grm.Task.load(config.task)
     policy, tokenizer = make_policy(config.model, config, ranks)
     model_config = policy.model.config.get_text_config()

@@ -113,10 +113,10 @@ def fit_settings(task, tokenizer, demonstrations):
     return {"max_new_tokens": max(16, longest + 8), **SETTINGS}
 
 
-def write(folder, tokenizer, settings):
-    """Write a task's model/, without weights, and its train.json."""
+def write(folder, tokenizer, settings, **shape):
+    """Write a task's model/, without weights, and its train.json; shape: as for make_config."""
     tokenizer.save_pretrained(folder / "model")
-    make_config(tokenizer).save_pretrained(folder / "model")
+    make_config(tokenizer, **shape).save_pretrained(folder / "model")
     write_settings(folder, settings)
 
 

@@ -67,7 +67,9 @@ def run(out, threads, *flags, script="train.py"):
 
 
 def run_all(jobs, calls):
-    """Make calls, (function, argument, ...), so many at a time; after a failure none begins."""
+    """Make calls, (function, argument, ...), so many at a time; after a failure none begins, but
+    for one that the free worker may have taken up already.
+    """
     pool = ThreadPoolExecutor(jobs)
     futures = [pool.submit(*call) for call in calls]
     done, _ = wait(futures, return_when=FIRST_EXCEPTION)
@@ -129,7 +131,10 @@ def figures(folder):
     summary = json.loads((folder / "summary.json").read_text())
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     records = [record for record in records if record["stage"] == "rl"]
-    mean = lambda name: round(float(np.nanmean([float(r[name] or "nan") for r in records])), 4)
+    means = {}
+    for name in ("steps_right", "credit_right", "masked"):
+        known = [record[name] for record in records if record[name] is not None]
+        means[name] = round(float(np.mean(known)), 4) if known else None
     tests = summary["rl"]
     by_step = [np.mean(list(test["step_accuracy"].values())) for test in tests.values()]
     return {
@@ -137,7 +142,7 @@ def figures(folder):
         "steps, tests": round(float(np.mean(by_step)), 4),
         "before_rl": {name: round(x, 4) for name, x in summary["before_rl"].items()},
         "reward": [round(record["reward"], 4) for record in records],
-        **{name: mean(name) for name in ("steps_right", "credit_right", "masked")},
+        **means,
     }
 
 

@@ -11,6 +11,7 @@ Each finished call of what takes a program long (UNITS) appends its name to OUT.
 
 import json
 import os
+import runpy
 import signal
 import sys
 import threading
@@ -28,7 +29,8 @@ import train
 
 torch.set_num_threads(1)
 distill.SHARD = 2  # so that a small task has many
-PROGRAMS = {"train": train.main, "distill": distill.main, "score": grm.main}
+score = runpy.run_path(str(Path(grm.__file__).parent / "docs" / "score.py"))
+PROGRAMS = {"train": train.main, "distill": distill.main, "score": score["main"]}
 PLACES = {
     "sample": (rollout, "sample"),
     "forward": (rollout.Policy, "forward"),  # the backward pass and the update follow

@@ -742,12 +742,18 @@ def pickle_weights(folder):
     (folder / "model.safetensors").unlink()
 
 
+def make_classifier(folder):
+    config = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(config.replace("ForCausalLM", "ForSequenceClassification"))
+
+
 BAD_MODELS = [
     (lambda folder: edit_tensor(folder, "model.norm.weight", None), r"missing or left over: \['model.norm.weight'\]"),
     (lambda folder: edit_tensor(folder, "extra", torch.ones(2)), r"missing or left over: \['extra'\]"),
     (lambda folder: edit_tensor(folder, "model.norm.weight", torch.ones(127)), "cannot be loaded"),
     (lambda folder: os.truncate(folder / "model.safetensors", 9999), "cannot be loaded"),
     (pickle_weights, "cannot be loaded: .*model.safetensors"),
+    (make_classifier, "it is a classifier; the README shows how one is served"),
 ]
 
 

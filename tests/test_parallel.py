@@ -82,8 +82,6 @@ def assert_same(a, b):
 @pytest.mark.parametrize("ranks,flags", [
     (2, ["--max_tokens=700"]),  # 3 prompts and 2: ranks have micro-batches of different numbers
     (4, ["--activation_checkpointing=1"]),
-    (2, ["--sampling_shards=2"]),
-    (4, ["--sampling_shards=4", "--max_tokens=700"]),
 ])  # fmt: skip
 def test_ranks_change_nothing_but_rounding(straight, task, tmp_path, ranks, flags):
     """LESSONS 7, 12: the same batches, answers, losses, norms and metrics, whatever shares of them a rank has."""
@@ -106,19 +104,6 @@ def test_the_denominator_of_rule_sam_is_of_all_ranks(tmp_path):
     assert_same(tmp_path / "one", tmp_path / "two")
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_cut_models_sample_what_whole_ones_do(tmp_path, ranks):
-    """A head, a neuron or a bias that two ranks have, or none: by architecture, sent, refreshed and gathered."""
-    text = run(tmp_path / "out", ranks, program=[], script="shards.py")
-    assert text.count("the same") == ranks * 3, text
-
-
-def test_sampling_shards_are_one_or_all_ranks(task, tmp_path):
-    """Groups of which one has too few ranks wait for ever."""
-    text = run(tmp_path / "out", 1, f"--task={task}", "--sampling_shards=2", code=1)
-    assert text.splitlines()[-1] == "--sampling_shards: 1, or all 1 ranks"
-
-
 def test_extras_on_two_ranks(task, tmp_path):
     """A KL reference, mode balance and several updates, with budgets that give the ranks different numbers of passes."""
     extras = ["--kl_coef=0.1", "--sft_coef=0.1", "--updates_per_batch=2", "--max_tokens=400", "--lr=1e-4"]
@@ -128,24 +113,24 @@ def test_extras_on_two_ranks(task, tmp_path):
 
 
 def test_resume_on_another_number_of_ranks(straight, task, tmp_path):
-    """SIGTERM to one rank of two that sample from shards: the step is finished and saved, all leave with 0; one process goes
-    on with a whole copy, and after another signal four from shards again."""
+    """SIGTERM to one rank of two: the step is finished and saved, all leave with 0; one process goes on, and after another
+    signal four."""
     out, flags = tmp_path / "out", [f"--task={task}", "--save_every=4"]
-    text = run(out, 2, *flags, "--sampling_shards=2", faults=[{"do": "term", "in": "update", "call": 15, "rank": 1}])
+    text = run(out, 2, *flags, faults=[{"do": "term", "in": "update", "call": 15, "rank": 1}])
     assert "saved rl step 5; the same command goes on" in text, text
     assert [path.name for path in sorted((out / "checkpoints").iterdir())] == ["000014", "000015"]  # --keep 2
     assert {file.suffix for file in (out / "checkpoints" / "000015").iterdir()} == {".safetensors", ".json"}  # nothing pickled
     text = run(out, 1, *flags, faults=[{"do": "term", "in": "update", "call": 3}])
     assert "resumed" in text and "saved rl step 8" in text, text
-    assert "resumed" in run(out, 4, *flags, "--sampling_shards=4")
+    assert "resumed" in run(out, 4, *flags)
     assert_same(straight, out)
 
 
 def test_kills_lose_nothing(task):
-    """SIGKILL in sampling (from shards), update, saving, and export; torchrun picks the run up (tests/kill.py: more of it)."""
+    """SIGKILL in sampling, update, saving, and export; torchrun picks the run up (tests/kill.py: more of it)."""
     folder = task.parent / "kills"
     folder.mkdir()
-    assert kill.compare("train", folder, 7, 2, 0, [*FLAGS, f"--task={task}", "--sampling_shards=2"], save_every=2) == []
+    assert kill.compare("train", folder, 7, 2, 0, [*FLAGS, f"--task={task}"], save_every=2) == []
 
 
 def test_a_rank_that_raises_ends_the_job(task, tmp_path):

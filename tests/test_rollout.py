@@ -283,7 +283,11 @@ def test_parts_that_follow_each_other_change_no_sample(monkeypatch, cache_tokens
     monkeypatch.setattr(rollout.Decode, "__init__", counted)
     assert_same(sample(make_model("qwen3"), UNEVEN, cache_tokens=cache_tokens, **settings), whole)
     assert len(held) == -(-len(UNEVEN) // ((cache_tokens - 6) // 46)) and max(held) <= cache_tokens
-    assert_same(sample(make_model("qwen3"), UNEVEN[2:5], first_row=4, **settings), whole.part(slice(2, 5)))
+    lengths = whole.lengths_N.tolist()
+    first, last = sum(lengths[:4]), sum(lengths[:10])  # of the tokens of prompts 2, 3 and 4
+    tensors = (whole.lengths_N[4:10], whole.ended_N[4:10], whole.logprobs_A[first:last], whole.label_logits_AY[first:last])
+    part = rollout.Rollout(whole.answers[2:5], *tensors)
+    assert_same(sample(make_model("qwen3"), UNEVEN[2:5], first_row=4, **settings), part)
 
 
 def test_prompts_at_once_fill_the_cache():

@@ -1,0 +1,177 @@
+"""A task from product titles and a table of rules: queries, edited titles, exact step labels.
+
+    python docs/synthesize.py PATH_TO_CHORUS data/shop      # then: train.py --task data/shop
+
+AFRL (arXiv 2602.10006) names the synthesis of structured data from criteria; its procedure is not
+public, and this one is ours. docs/synthesize.yaml says what kinds of things there are, how people
+ask for them, and what each rule costs. A query is made from a title: its kind, and some of what
+else it says. Its documents are that title, as it is and with minimal edits (another brand, number
+or colour; a value left out; "case for ..."), and real titles of the same and of other kinds. Table
+and patterns give each step's label exactly.
+
+The demonstrations are of an annotator who states the facts and overlooks each rule half of the
+time. They are of other titles than RL's pairs, and the tests of others again. PATH_TO_CHORUS (see
+data/chorus.py) holds train.jsonl, of which only the titles are taken, and the human-labelled
+test.jsonl, which is written as test_human.jsonl.
+"""
+
+import random
+import re
+import sys
+from collections import Counter
+from functools import cache
+from pathlib import Path
+
+import yaml
+
+sys.path.extend(str(Path(__file__).resolve().parents[1] / name) for name in ("", "data"))
+import chorus
+import fresh
+from from_csv import write_lines
+
+import grm
+
+TABLE = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text())
+KINDS = TABLE["kinds"]
+RULES = TABLE["rules"]
+PARTS = TABLE["parts"]
+SHAPE = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4}  # 2.6 M parameters
+SETTINGS = {"sft_steps": 1500, "sft_lr": 1.5e-3, "rl_steps": 150, "lr": 2e-4, "eval_every": 0}
+
+
+@cache
+def kind_of(title):
+    """What a title offers; its first sentence counts before the rest. None: not in the table."""
+    title = title.lower()
+    for part in PARTS:
+        if title.startswith(f"{part} for "):
+            return part
+    for text in (title.split(". ")[0], title):
+        for kind, names in KINDS.items():
+            if re.search(names["title"], text):
+                return kind
+    return None
+
+
+def values_of(title, rule):
+    """What a title says of a rule, in lower case. Titles begin with the brand."""
+    if rule == "brand":
+        return [title.lower().split(" for ")[-1].split()[0]]
+    return re.findall(RULES[rule]["pattern"], title.lower())
+
+
+def unit(value):
+    """A value without its number: centimetres do not contradict gigabytes."""
+    return re.sub(r"[\d. ]", "", value)
+
+
+def judge(asked, title, heeds=lambda rule: True):
+    """Steps, (text, grade so far), of a title for what is asked, {"kind": kind, rule: value}."""
+    offered = kind_of(title)
+    is_same = offered == asked["kind"]
+    grade = 3 if is_same or not heeds("kind") else 0
+    steps = [(f"kind: {asked['kind']}, {offered}, {'same' if is_same else 'another'}", grade)]
+    for rule in RULES:
+        text = "any"
+        if value := asked.get(rule):
+            said = values_of(title, rule)
+            if rule == "size":
+                said = [other for other in said if unit(other) == unit(value)]
+            found = value if value in said else [*said, "none"][0]
+            fact = {value: "same", "none": "silent"}.get(found, "other")
+            text = f"{value}, {found}, {fact}"
+            if fact == "other" and heeds(rule):
+                grade = max(0, grade + RULES[rule]["effect"])
+        steps.append((f"{rule}: {text}", grade))
+    return steps
+
+
+def edit(title, rule, value, rng):
+    """The title with another value in the place of this one, or with none."""
+    others = RULES[rule].get("values")
+    if not others:
+        number = float(re.search(r"\d+(\.\d+)?", value)[0])
+        others = [
+            re.sub(r"[\d.]+", f"{factor * number:g}", value, count=1) for factor in (0.5, 2, 3)
+        ]
+    others = [other for other in others if other != value] + [""] * (rule != "brand")
+    return re.sub(rf"(?<!\w){re.escape(value)}(?!\w)", rng.choice(others), title, flags=re.I)
+
+
+def ask(title, rng):
+    """(what is asked, the query) of a title: its kind, and up to three things that it says."""
+    said = {rule: values[0] for rule in RULES if (values := values_of(title, rule))}
+    rules = rng.sample([*said], min(len(said), rng.choice((0, 0, 1, 1, 2, 2, 3))))
+    asked = {"kind": kind_of(title)} | {rule: said[rule] for rule in RULES if rule in rules}
+    words = [*asked.values()][1:]
+    words.insert(rng.randint(0, len(words)), rng.choice(KINDS[asked["kind"]]["asked"]))
+    return asked, " ".join(words)
+
+
+def documents(asked, query, title, titles, rng):
+    """(what was done, title) of the documents of a query that was made from a title."""
+    yield "none", title
+    yield "part for it", f"{rng.choice(PARTS).capitalize()} for {title}"
+    edited = title
+    for rule in [*asked][1:]:
+        yield f"{rule}, asked", edit(title, rule, asked[rule], rng)
+        edited = edit(edited, rule, asked[rule], rng)
+    if len(asked) > 2:
+        yield "all that is asked", edited
+    rule = rng.choice(sorted(RULES.keys() - asked.keys()))
+    for value in values_of(title, rule)[:1]:
+        yield f"{rule}, not asked", edit(title, rule, value, rng)
+    same = [other for other in titles if kind_of(other) == asked["kind"]]
+    others = [other for other in titles if kind_of(other) != asked["kind"]]
+    alike = [other for other in others if set(query.split()) & set(other.lower().split())]
+    yield "same kind", rng.choice(same)
+    yield "another kind", rng.choice(others)
+    yield "another kind, same words", rng.choice(alike or others)
+
+
+def make_pairs(titles, queries, rng):
+    """Pairs of so many queries, with exact labels and the annotator's response."""
+    records = []
+    for number in range(queries):
+        title = titles[number % len(titles)]
+        asked, query = ask(title, rng)
+        for done, document in documents(asked, query, title, titles, rng):
+            grades = [str(grade) for _, grade in judge(asked, document)]
+            told = judge(asked, document, heeds=lambda rule: rng.random() < 0.5)
+            response = " ".join(f"{text} \\boxed{{{grade}}}" for text, grade in told)
+            record = {"query": query, "document": document, "label": grades[-1], "done": done}
+            records.append(record | {"step_labels": grades, "response": response})
+    return records
+
+
+def main():
+    """Write the task; print how many of RL's pairs have which grade, by what was done."""
+    source, out = map(Path, sys.argv[1:3])
+    out.mkdir(parents=True, exist_ok=True)
+    names = (TABLE["labels"], TABLE["relevant"], ["kind", *RULES])
+    task = grm.Task(out, TABLE["criteria"].strip(), *names, "reason-first")
+    task.save(out)
+    judged, test = chorus.read_source(source)
+    write_lines(out / "test_human.jsonl", test, ("query", "document", "label", "query_id"))
+    write_lines(out / "unlabelled.jsonl", judged, ("query", "document"))
+    titles = sorted({pair["document"] for pair in judged if kind_of(pair["document"])})
+    rng = random.Random(0)
+    rng.shuffle(titles)
+    fifth = len(titles) // 5
+    sft = make_pairs(titles[:fifth], 500, rng)
+    train = make_pairs(titles[2 * fifth :], 1500, rng)
+    test = make_pairs(titles[fifth : 2 * fifth], 60, rng)
+    fields = ("query", "document", "label", "step_labels", "done")
+    write_lines(out / "sft.jsonl", sft, ("query", "document", "response"))
+    write_lines(out / "train.jsonl", train, fields)
+    write_lines(out / "test_titles.jsonl", test, fields)
+    tokenizer = fresh.make_tokenizer(task, sft)
+    fresh.write(out, tokenizer, fresh.fit_settings(task, tokenizer, sft) | SETTINGS, **SHAPE)
+    counts = Counter((pair["done"], pair["label"]) for pair in train)
+    print(f"{len(titles)} titles of {len(KINDS)} kinds; RL's pairs by grade:", *task.labels)
+    for done in sorted({pair["done"] for pair in train}):
+        print(f"{done:24}" + "".join(f"{counts[done, label]:7}" for label in task.labels))
+
+
+if __name__ == "__main__":
+    main() if len(sys.argv) == 3 else sys.exit(__doc__)
