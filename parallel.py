@@ -157,8 +157,8 @@ class Ranks:
 
 
 def chosen_bf16(choice, device, hidden_size):
-    """The setting `bf16` as a bool. "auto": on CUDA, and on CPUs with AMX for large products."""
-    pays = device.type == "cuda" or (torch.cpu._is_amx_tile_supported() and hidden_size >= 512)
+    """The setting `bf16` as a bool. "auto": on CUDA, and CPUs that have it, for large products."""
+    pays = device.type == "cuda" or (torch.cpu._is_avx512_bf16_supported() and hidden_size >= 512)
     return pays if choice == "auto" else choice == "1"
 
 

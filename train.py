@@ -53,7 +53,7 @@ class Config:
     max_tokens: int = setting(2**15, "tokens of a micro-batch; lower it where memory runs out")
     cache_tokens: int = setting(2**17, "tokens of the key-value cache in sampling; likewise")
     bf16: Literal["auto", "0", "1"] = setting(
-        "auto", "compute in bfloat16; auto: on CUDA, and on CPUs with AMX where it pays"
+        "auto", "compute in bfloat16; auto: on CUDA, and on CPUs that have it where it pays"
     )
     compile: Literal["auto", "0", "1"] = setting(
         "auto", "fewer kernels, after a minute of compiling; auto: on CUDA, models 512 wide or more"

@@ -329,8 +329,8 @@ def test_distillation_on_two_ranks(task, tmp_path, flags):
 def test_bf16_is_chosen_where_it_pays(monkeypatch):
     """On CUDA; on a CPU if its processor multiplies bfloat16 matrices and the model is not tiny; else by request alone."""
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    for amx in (False, True):
-        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)
-        assert [parallel.chosen_bf16("auto", cpu, width) for width in (128, 512)] == [False, amx]
+    for has_it in (False, True):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda has_it=has_it: has_it)
+        assert [parallel.chosen_bf16("auto", cpu, width) for width in (128, 512)] == [False, has_it]
         assert [parallel.chosen_bf16(choice, cpu, 512) for choice in ("0", "1")] == [False, True]
     assert parallel.chosen_bf16("auto", cuda, 128) and not parallel.chosen_bf16("0", cuda, 4096)
