@@ -13,7 +13,8 @@ import sam
 StepwiseCredit = runpy.run_path(str(ROOT / "docs" / "trl_sam.py"))["StepwiseCredit"]
 TASK = grm.Task.load(NOTES)
 PAIR = {"label": "1", "step_labels": ["3", "1", "1"]}  # the README's
-# What the steps say, the credit they keep by the rule's name (and its targets), the answer's advantage; None: malformed.
+OTHER = {"label": "3", "step_labels": ["3", "3", "3"]}  # of the last case
+# What the steps say (two: malformed), which of them keep credit by the rule and its targets, the answer's advantage.
 CASES = [
     ((3, 1, 1), {"none": "111", "sam": "111", "labels": "111", "change": "111"}, 0.9),
     ((3, 3, 1), {"none": "111", "sam": "001", "labels": "101", "change": "100"}, 0.7),
@@ -21,6 +22,7 @@ CASES = [
     ((1, 1, 0), {"none": "111", "sam": "001", "labels": "101", "change": "111"}, -0.6),
     ((1, 1), {"none": "111", "sam": "111", "labels": "111", "change": "111"}, -0.5),
     ((3, 1, 1), {"none": "000", "sam": "000", "labels": "000", "change": "000"}, 0.0),
+    ((3, 1, 3), {"none": "111", "sam": "101", "labels": "101", "change": "100"}, 0.8),
 ]
 RULES = {
     "none": ("none", "change"),
@@ -59,7 +61,8 @@ def weigh(credits, num_tokens, num_answers):
 class Padded:
     """In TRL's place: a batch of given answers, padded on one side."""
 
-    loss_type, accelerator = "dapo", SimpleNamespace(num_processes=2)
+    loss_type = "dapo"
+    accelerator = SimpleNamespace(num_processes=2)
 
     def __init__(self, answers, left, pad):
         longest = max(map(len, answers)) + 3
@@ -84,12 +87,13 @@ class Trainer(StepwiseCredit, Padded):
 @pytest.mark.parametrize("left", [False, True])
 @pytest.mark.parametrize("name", RULES)
 def test_placement(renderer, name, left):
-    """A step's credit on its neighbour's tokens or on padding; a malformed answer that loses its own; another denominator."""
+    """A step's credit on its neighbour's tokens, on padding or by another pair's labels; a malformed answer that loses its own;
+    a denominator that is not of all processes."""
     answers = [encode(renderer, labels, i) for i, (labels, _, _) in enumerate(CASES)]
     rule, targets = RULES[name]
     # Padding is told by the mask alone: its id is one that answers have too.
     trainer = Trainer(answers, left, answers[0][0], renderer=renderer, rule=rule, step_targets=targets)
-    batch = trainer._generate_and_score_completions([PAIR] * len(CASES))
+    batch = trainer._generate_and_score_completions([PAIR] * 6 + [OTHER])
     wanted = [expected(renderer, ids, kept[name], a) for ids, (_, kept, a) in zip(answers, CASES, strict=True)]
     wanted = weigh(wanted, 1000, 2 * len(CASES)) if rule == "sam" else wanted
     mask_BT = batch["completion_mask"].bool()
