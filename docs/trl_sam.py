@@ -87,11 +87,6 @@ def main():
     for pair in pairs:
         user = f"Query: {pair['query']}\nDocument: {pair['document']}"
         pair["prompt"] = [system, {"role": "user", "content": user}]
-    prompts = [pair["prompt"] for pair in pairs]
-    template = {"enable_thinking": False}  # as in grm.py: the task's steps are the thinking
-    ids = tokenizer.apply_chat_template(prompts, add_generation_prompt=True, **template)
-    if ids["input_ids"] != renderer.prompts(pairs):
-        raise grm.TaskError(f"{args.model}: TRL's prompts are not grm.py's; use train.py")
 
     class Trainer(StepwiseCredit, GRPOTrainer):
         pass
@@ -108,7 +103,7 @@ def main():
         per_device_train_batch_size=128,
         num_generations=8,
         max_completion_length=trained.max_new_tokens,
-        chat_template_kwargs=template,
+        chat_template_kwargs={"enable_thinking": False},  # the task's steps are the thinking
         loss_type="dapo",
         epsilon_high=0.28,
         bf16=torch.cuda.is_available(),
