@@ -1,12 +1,13 @@
 """On one GPU: `python docs/gpu_check.py` runs what tests on a CPU cannot show, in minutes.
 
 tests/gpu; greedy answers against model.generate, sampler against trainer, and gradients against
-float32 on the CPU (in bfloat16, since CUDA's flash kernels have no float32); the benchmark at three
-lengths of the prefix for a 0.6 B and an 8 B model of random weights; the default task from start to
-end. Prints one table.
+float32 on the CPU (in bfloat16, since CUDA's flash kernels have no float32); the benchmark for a
+0.6 B and an 8 B model of random weights, with and without docs/triton_decode.py; the default task
+from start to end. Prints one table.
 
     python docs/gpu_check.py                                     everything, on one GPU
     python docs/gpu_check.py --only numbers --model FOLDER       a real model, also on a CPU
+    python docs/gpu_check.py --tiny                              whether it runs, on a CPU
 """
 
 import argparse
@@ -53,14 +54,27 @@ COMMON = {
     "max_position_embeddings": 8192,
 }
 # Enough work to fill a GPU, and peers as large as its memory holds.
-SAMPLING = "--sampling 64 8 64 128 --peer_tokens 131072 --repeats 1"
+SAMPLING = "--only sampling --sampling 64 8 64 128 --peer_tokens 131072 --repeats 1"
 BENCHES = {
-    "0.6 B": {
-        "sampling": SAMPLING,
-        "training": "--training 8 8 128 256 --peer_tokens 16384 --repeats 1",
-    },
-    "8 B": {"sampling": f"{SAMPLING} --prefixes 512 4096"},
+    "0.6 B": [
+        f"{SAMPLING} --prefixes 512 2048",
+        f"{SAMPLING} --prefixes 512 2048 --triton",
+        "--only training --training 8 8 128 256 --peer_tokens 16384 --repeats 1 --prefixes 512",
+    ],
+    "8 B": [f"{SAMPLING} --prefixes 512"],
 }
+TINY = {  # of all the above, with `--tiny`
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "head_dim": 16,
+    "vocab_size": 300,
+}
+TINY_BENCHES = [
+    "--only sampling --sampling 2 2 8 4 --peer_tokens 512 --repeats 1 --prefixes 64",
+    "--only training --training 1 2 8 8 --peer_tokens 512 --repeats 1 --prefixes 64",
+]
 
 
 def run(name, command):
@@ -92,8 +106,8 @@ def model_and_prompts(args):
     """A float32 model on the CPU, prompts of token ids, and the id that ends an answer."""
     if args.model is None:
         torch.manual_seed(0)
-        config = AutoConfig.for_model("qwen3", **(SHAPES["0.6 B"] | COMMON))
-        config.num_hidden_layers = 4
+        shape = COMMON | SHAPES["0.6 B"] | {"num_hidden_layers": 4}
+        config = AutoConfig.for_model("qwen3", **shape)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
         return model, bench.draw_prompts(config.vocab_size, args.prompts, 300, 20), 2
     model, tokenizer = grm.load_model(args.model)
@@ -174,10 +188,10 @@ def check_bench(args):
     for name, shape in SHAPES.items():
         lines = []
         with tempfile.TemporaryDirectory() as folder:
-            AutoConfig.for_model("qwen3", **(shape | COMMON)).save_pretrained(folder)
+            AutoConfig.for_model("qwen3", **COMMON | shape).save_pretrained(folder)
             command = [sys.executable, "rollout.py", "--bench", "--model", folder]
-            for part, flags in BENCHES[name].items():
-                output, _ = run(f"bench {name}", [*command, "--only", part, *flags.split()])
+            for flags in BENCHES[name]:
+                output, _ = run(f"bench {name}", [*command, *flags.split()])
                 lines += output.splitlines()
         for line in lines:
             if line.startswith(("sampling", "training", "flatness")) or "GB/s" in line:
@@ -190,7 +204,8 @@ def check_task(args):
     """The default task, and its accuracy at the end."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
-        _, seconds = run("task", [sys.executable, "train.py", "--out", out])
+        steps = ["--sft_steps", 2, "--rl_steps", 1] if args.tiny else []
+        _, seconds = run("task", [sys.executable, "train.py", "--out", out, *steps])
         scores = json.loads((out / "summary.json").read_text())["rl"]
     accuracies = [f"{test} {values['accuracy']:.3f}" for test, values in scores.items()]
     return [("python train.py", f"{seconds:.0f} s; accuracy {', '.join(accuracies)}")]
@@ -212,9 +227,13 @@ def main():
     parser.add_argument("--model", help="folder of a model for `numbers` (None: random weights)")
     parser.add_argument("--prompts", type=int, default=16, help="prompts of `numbers`")
     parser.add_argument("--answer", type=int, default=32, help="tokens of their answers")
+    parser.add_argument("--tiny", action="store_true", help="tiny shapes, to try the script")
     args = parser.parse_args()
-    if not torch.cuda.is_available() and args.only != ["numbers"]:
-        sys.exit("no CUDA GPU here; `--only numbers` runs on a CPU, too")
+    if args.tiny:
+        SHAPES.update(dict.fromkeys(SHAPES, TINY))
+        BENCHES.update(dict.fromkeys(BENCHES, TINY_BENCHES))
+    elif not torch.cuda.is_available() and args.only != ["numbers"]:
+        sys.exit("no CUDA GPU here; `--only numbers` and `--tiny` run on a CPU, too")
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     rows = []
     for check in args.only:
