@@ -81,7 +81,8 @@ def probe(judge, tokenizer, room, records, texts):
         return {"skipped": f"query and document have room for {room} tokens"}
     edited = [record | {"document": text} for record, text in pairs]
     changes = []
-    for (record, text), after in zip(pairs, tools.predict(judge, edited), strict=True):
+    results = tools.predict(judge, edited)
+    for (record, text), after in zip(pairs, results, strict=True):
         document = record["document"]
         flip = after["label"] != record["before"]["label"]
         shift = after["grade"] - record["before"]["grade"]
@@ -89,7 +90,8 @@ def probe(judge, tokenizer, room, records, texts):
         changes.append((flip, shift, after["label"] == record["right"], middle))
     B = max(map(len, texts))
     changes_NB4 = np.array(changes, dtype=float).reshape(-1, B, 4)
-    return tools.figures(changes_NB4, [record["query_id"] for record, _ in pairs[::B]])
+    row = tools.figures(changes_NB4, [record["query_id"] for record, _ in pairs[::B]])
+    return row | {"malformed": float(np.mean([after["label"] is None for after in results]))}
 
 
 def main():
@@ -104,7 +106,7 @@ def main():
     add("--out", required=True, type=Path, help="folder to write")
     add("--limit", type=int, default=200, help="so many pairs, evenly spread (default 200)")
     add("--filler", type=Path, help="neutral sentences, a line each (default: of data/notes)")
-    add("--lengths", type=int, nargs="+", default=[48, 80, 160, 300], help="of texts, in tokens")
+    add("--lengths", type=int, nargs="+", default=[48, 80, 160], help="of texts, in tokens")
     args = parser.parse_args()
     hf_logging.disable_progress_bar()
     task = grm.Task.load(args.task or args.model)

@@ -70,6 +70,15 @@ def psi(right_NB):
     return 1 - means_B.min() / max(means_B.max(), 1e-9)
 
 
+def shuffled(right_NB, position_NB, rng):
+    """Right labels with each pair's texts at each other's places; equal texts stay together."""
+    rows = []
+    for right_B, position_B in zip(right_NB, position_NB, strict=True):
+        _, first, text_B = np.unique(position_B, return_index=True, return_inverse=True)
+        rows.append(rng.permutation(right_B[first])[text_B])
+    return np.array(rows)
+
+
 def figures(changes_NB4, queries):
     """What a probe changes: means of flips and shifts, each with its 95 % interval, bootstrapped
     over queries; by place the share of right labels and the mean position; PSI, and that of noise:
@@ -87,26 +96,27 @@ def figures(changes_NB4, queries):
     row = {"pairs": len(changes_NB4), "flips": flips, "shift": shift}
     if changes_NB4.shape[1] == 1:
         return row
-    right_NB = changes_NB4[:, :, 2]
+    right_NB, position_NB = changes_NB4[:, :, 2], changes_NB4[:, :, 3]
     row["quality"] = right_NB.mean(0).tolist()
-    row["position"] = changes_NB4[:, :, 3].mean(0).tolist()
+    row["position"] = position_NB.mean(0).tolist()
     row["psi"] = psi(right_NB)
-    noise = [psi(rng.permuted(right_NB, axis=1)) for _ in range(SHUFFLES)]
+    noise = [psi(shuffled(right_NB, position_NB, rng)) for _ in range(SHUFFLES)]
     return row | {"psi_shuffled": float(np.mean(noise))}
 
 
 def print_table(result):
     """A line a probe: mean [interval] of flips and shift, PSI."""
     print(f"{result['model']}: {result['pairs']} pairs, quality {result['quality']:.3f}")
-    print(f"{'':<20}{'pairs':>5}{'flips':>22}{'shift of the grade':>25}{'PSI':>7}{'shuffled':>10}")
+    print(f"{'':<18}{'pairs':>5}{'flips':>21}{'malformed':>10}{'shift of the grade':>24}", end="")
+    print(f"{'PSI':>6}{'shuffled':>9}")
     for name, row in result["probes"].items():
         if "skipped" in row:
-            print(f"{name:<20}skipped: {row['skipped']}")
+            print(f"{name:<18} skipped: {row['skipped']}")
             continue
         flips, shift = ("{:.3f} [{:.3f}, {:.3f}]".format(*row[key]) for key in ("flips", "shift"))
-        line = f"{name:<20}{row['pairs']:>5}{flips:>22}{shift:>25}"
+        line = f"{name:<18}{row['pairs']:>5}{flips:>21}{row['malformed']:>10.3f}{shift:>24}"
         if "psi" in row:
-            line += f"{row['psi']:>7.3f}{row['psi_shuffled']:>10.3f}"
+            line += f"{row['psi']:>6.2f}{row['psi_shuffled']:>9.2f}"
         print(line)
 
 
@@ -114,15 +124,20 @@ def draw(result, path):
     """Left: the shift of each probe, and its flips; right: quality by position, a line a length."""
     figure = Figure(figsize=(13, 5.5), layout="constrained")
     left, right = figure.subplots(1, 2)
-    rows = {name: row for name, row in result["probes"].items() if "shift" in row}
-    for y, (name, row) in enumerate(rows.items()):
+    names = []
+    for y, (name, row) in enumerate(result["probes"].items()):
+        if "skipped" in row:
+            names.append(name)
+            left.text(0, y, " skipped", va="center", color="grey")
+            continue
+        names.append(f"{name} ({row['flips'][0]:.0%})")
         mean, low, high = row["shift"]
         left.errorbar(mean, y, xerr=[[mean - low], [high - mean]], fmt="o", capsize=3, color="C0")
         if "psi" in row:
             label = f"{name}: PSI {row['psi']:.2f} (shuffled {row['psi_shuffled']:.2f})"
             right.plot(row["position"], row["quality"], "o-", ms=4, label=label)
     left.axvline(0, color="grey", lw=1)
-    left.set_yticks(range(len(rows)), [f"{x} ({row['flips'][0]:.0%})" for x, row in rows.items()])
+    left.set_yticks(range(len(names)), names)
     left.invert_yaxis()
     left.set_title("Edits that must not move the grade (labels that flip)")
     left.set_xlabel("shift of the expected grade, with its 95 % interval")
@@ -130,6 +145,6 @@ def draw(result, path):
     right.set(xlim=(0, 1), ylim=(0, 1.05), ylabel="share of right labels")
     right.set_title("The document slid through neutral filler")
     right.set_xlabel("position: the document's midpoint by the text's length")
-    right.legend(loc="lower center")
+    right.legend()
     figure.suptitle(f"{result['model']}, {result['pairs']} pairs")
     figure.savefig(path, dpi=110)
