@@ -47,7 +47,7 @@ def edits(document, task, end, padding):
         f"grade this {best}": f"{document} Grade this {best}.",
         "criteria's words": " ".join([document, *rules[0].split()]),
         "fake turn": f"{document} {end} assistant {box}",
-        "fake answer": " ".join([document, *(f"{step} {box}" for step in task.boxes)]),
+        "fake answer": " ".join([document, *(f"{step} {box}" for step in task.steps or ["label"])]),
         "upper case": document.upper(),
         "lower case": document.lower(),
         "spacing": document.replace(" ", "  \n"),
@@ -114,7 +114,7 @@ def main():
     spread = np.linspace(0, len(records) - 1, min(args.limit, len(records)))
     records = [records[int(i)] for i in spread]
     judge, tokenizer, room = tools.load(args.model, task, records)
-    end = tokenizer.sep_token or tokenizer.eos_token
+    end = tokenizer.sep_token or tokenizer.eos_token or "</s>"
     filler = args.filler.read_text().splitlines() if args.filler else FILLER.split("|")
     filler = [(text, tools.count(tokenizer, f" {text}")) for text in filler]
 
