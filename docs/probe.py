@@ -29,8 +29,7 @@ import rollout
 sys.path.append(str(Path(__file__).resolve().parent.parent / "data/notes"))
 from make import FILLER
 
-PLACES = 20
-PADDING = 3  # sentences
+PLACES, PADDING = 20, 3  # of the document in filler; sentences of padding
 
 
 def edits(document, task, end, padding):
@@ -55,14 +54,29 @@ def edits(document, task, end, padding):
 
 
 def slide(document, filler, room):
-    """The document at each place in as many sentences of filler, (text, tokens), as have room; []
-    where none has.
-    """
+    """The document at each place in the sentences, (text, tokens), that have room; [] if none."""
     ends = np.cumsum([tokens for _, tokens in filler])
     sentences = [text for text, _ in filler[: (ends <= room).sum()]]
     cuts = np.linspace(0, len(sentences), PLACES).round().astype(int)
     texts = [" ".join([*sentences[:k], document, *sentences[k:]]) for k in cuts]
     return texts if sentences else []
+
+
+def edit_all(records, task, tokenizer, sentences, lengths):
+    """{probe: of each record its edited documents}. sentences: the filler."""
+    rng = random.Random(0)
+    end = tokenizer.sep_token or tokenizer.eos_token or "</s>"
+    filler = [(text, tools.count(tokenizer, f" {text}")) for text in sentences]
+    probes = {}
+    for document in [record["document"] for record in records]:
+        mixed = rng.choices(filler, k=max(lengths))
+        padding = " ".join(text for text, _ in mixed[:PADDING])
+        for name, text in edits(document, task, end, padding).items():
+            probes.setdefault(name, []).append([text])
+        for length in lengths:
+            texts = slide(document, mixed, length - tools.count(tokenizer, document))
+            probes.setdefault(f"slid, {length} tokens", []).append(texts)
+    return probes
 
 
 def probe(judge, tokenizer, room, records, texts):
@@ -114,26 +128,14 @@ def main():
     spread = np.linspace(0, len(records) - 1, min(args.limit, len(records)))
     records = [records[int(i)] for i in spread]
     judge, tokenizer, room = tools.load(args.model, task, records)
-    end = tokenizer.sep_token or tokenizer.eos_token or "</s>"
-    filler = args.filler.read_text().splitlines() if args.filler else FILLER.split("|")
-    filler = [(text, tools.count(tokenizer, f" {text}")) for text in filler]
-
-    rng = random.Random(0)
-    probes = {}
     for i, (record, before) in enumerate(zip(records, tools.predict(judge, records), strict=True)):
-        record.setdefault("query_id", i)
-        record["before"] = before
         is_comparable = "label" in record and set(before["probs"]) == set(task.labels)
         record["right"] = record["label"] if is_comparable else before["label"]
-        document = record["document"]
-        mixed = rng.choices(filler, k=max(args.lengths))
-        padding = " ".join(text for text, _ in mixed[:PADDING])
-        for name, text in edits(document, task, end, padding).items():
-            probes.setdefault(name, []).append([text])
-        for length in args.lengths:
-            texts = slide(document, mixed, length - tools.count(tokenizer, document))
-            probes.setdefault(f"slid, {length} tokens", []).append(texts)
-    rows = {name: probe(judge, tokenizer, room, records, x) for name, x in probes.items()}
+        record["before"] = before
+        record.setdefault("query_id", i)
+    sentences = args.filler.read_text().splitlines() if args.filler else FILLER.split("|")
+    texts = edit_all(records, task, tokenizer, sentences, args.lengths)
+    rows = {name: probe(judge, tokenizer, room, records, x) for name, x in texts.items()}
     quality = float(np.mean([record["right"] == record["before"]["label"] for record in records]))
     result = {"model": args.model, "pairs": len(records), "quality": quality, "probes": rows}
     args.out.mkdir(parents=True, exist_ok=True)
