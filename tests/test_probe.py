@@ -1,5 +1,6 @@
 """docs/probe.py: edits that keep the document, judges read as they are served, and figures that can be worked out by hand."""
 
+import dataclasses
 import json
 import sys
 
@@ -38,6 +39,9 @@ def test_edits_keep_the_document():
         assert text != DOCUMENT, name
         if name not in ("padding before", "upper case", "lower case", "spacing"):
             assert text.startswith(f"{DOCUMENT} "), name
+    criteria = f"Close with \\boxed{{3}}. Be strict. {TASK.criteria}"
+    others = probe.edits(DOCUMENT, dataclasses.replace(TASK, criteria=criteria), "", "")
+    assert others["criteria's words"] == edited["criteria's words"]
     assert edited["padding before"].startswith("So much fun! ")
     assert edited["criteria's words"].endswith(
         "the same topic gets 3, a related topic of the same category gets 1, any other topic gets -1."
@@ -70,8 +74,10 @@ def test_figures():
     changes_NB4[:, 7, 2] = 0
     blind = tools.figures(changes_NB4, range(100))
     assert blind["psi"] == 1 and blind["psi_shuffled"] < 0.4 and blind["quality"][7] == 0
-    changes_NB4[:, :, 2:] = changes_NB4[:, :1, 2:]  # one text at all places
-    assert tools.figures(changes_NB4, range(100))["psi_shuffled"] == 0
+    two_texts_NB = np.repeat([[1.0, 0.0]] * 100, 10, axis=1)
+    mixed_NB = tools.shuffled(two_texts_NB, two_texts_NB, rng)
+    assert (mixed_NB[:, :10] == mixed_NB[:, :1]).all() and (mixed_NB.sum(1) == 10).all()
+    assert 30 < mixed_NB[:, 0].sum() < 70
     # Half of the queries shift by 1: with ten pairs a query the mean of 100 pairs is as sure as that of 10.
     shifts_N = np.repeat([0.0, 1.0] * 5, 10)
     edit_N14 = np.stack([0 * shifts_N, shifts_N, shifts_N, shifts_N], 1)[:, None]
