@@ -735,7 +735,7 @@ def save_model(model, tokenizer, folder):
 
 def unknown_words(tokenizer, text):
     """The words of a text that a tokenizer does not know."""
-    words = text.split()
+    words = text.split() or [""]
     ids = tokenizer(words, add_special_tokens=False, split_special_tokens=True).input_ids
     return [x for x, of_word in zip(words, ids, strict=True) if tokenizer.unk_token_id in of_word]
 

@@ -228,7 +228,7 @@ def draw(lines, path):
     figure = Figure(figsize=(7.5, 4.5), layout="constrained")
     axis = figure.subplots()
     axis.axhline(0, color=COLORS[PLAIN], linewidth=1.5)
-    axis.text(8.4, 0, PLAIN, va="center", color=COLORS[PLAIN])
+    axis.text(8.4, 0, PLAIN, va="bottom", color=COLORS[PLAIN])
     for i, rule in enumerate(list(RULES)[1:]):
         of_tasks = {
             int(task): differences(runs_of(lines, task), rule, PLAIN, "reward")

@@ -83,7 +83,7 @@ def probe(judge, tokenizer, room, records, texts):
     """The figures of a probe, or why it is skipped. texts: each record's edited documents, B."""
     words = {word for of_pair in texts for text in of_pair for word in text.split()}
     words -= {word for record in records for word in record["document"].split()}
-    unknown = grm.unknown_words(tokenizer, " ".join(sorted(words))) if words else []
+    unknown = grm.unknown_words(tokenizer, " ".join(sorted(words)))
     if unknown:
         return {"skipped": f"the tokenizer does not know {' '.join(unknown[:5])}"}
     pairs = []

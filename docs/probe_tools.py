@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import score
 import torch
 from matplotlib.figure import Figure
 from transformers import AutoConfig
@@ -31,7 +32,7 @@ def load(folder, task, records):
     config = AutoConfig.from_pretrained(folder)
     if not str(config.architectures).endswith("ForSequenceClassification']"):
         renderer, engine = grm.load_judge(folder, task.folder)
-        grm.check_records(renderer, engine, records)
+        score.check_records(renderer, engine, records)
         room = renderer.max_prompt_tokens - len(renderer.prompt("", ""))
         return (renderer, engine), renderer.tokenizer, room
     labels = [str(label) for _, label in sorted(config.id2label.items())]
