@@ -411,3 +411,50 @@ def test_samples_with_credit(source, tmp_path, monkeypatch):
         assert [step.split()[0] for step in steps] == credits
         assert [step.split()[1] for step in steps] == ["words:", "kind:", "grade:"]
         assert (f"boxed{{{gold}}}" in steps[2]) == is_right and f"(step label {gold})" in steps[2]
+
+
+TITLES = [
+    ("HP 15s Notebook Black 15.6 cm", ["3", "3", "3", "3", "3"]),  # for: hp laptop 15.6 cm black
+    ("Dell 15s Notebook Black 15.6 cm", ["3", "2", "2", "2", "2"]),
+    ("Dell 15s Notebook Silver 17 cm", ["3", "2", "1", "0", "0"]),
+    ("HP 15s Notebook 8 GB", ["3", "3", "3", "3", "3"]),  # silent about size and colour; another unit
+    ("HP 15.6 cm notebook case Black", ["0", "0", "0", "0", "0"]),
+    ("Case for HP 15s Notebook Black 15.6 cm", ["0", "0", "0", "0", "0"]),
+    ("HP 15s. Dell notebooks, 17 cm or 15.6 cm, Black", ["3", "3", "3", "3", "3"]),
+]
+
+
+def test_synthesized_labels_are_exact(source, tmp_path, monkeypatch, capsys):
+    """A step label that the rules do not give; an edit that moves another step than its rule's; demonstrations that are all
+    right, or of titles that RL or the tests have."""
+    monkeypatch.syspath_prepend(ROOT / "data")
+    make = load("synthesize", "docs")
+    asked = {"kind": "laptop", "brand": "hp", "size": "15.6 cm", "colour": "black"}
+    for title, grades in TITLES:
+        assert [str(grade) for _, grade in make.judge(asked, title)] == grades, title
+    text, grade = make.judge(asked, TITLES[2][0], heeds=lambda rule: rule != "brand")[-3]
+    assert (text, grade) == ("size: 15.6 cm, 17 cm, other", 2)
+    monkeypatch.setattr(sys, "argv", ["synthesize.py", str(source), str(tmp_path / "out")])
+    make.main()
+    task = grm.Task.load(tmp_path / "out")
+    files = {name: lines(tmp_path / "out" / f"{name}.jsonl") for name in ("sft", "train", "test_titles", "test_human")}
+    assert files["test_human"] == [{**r, "label": str(r["label"])} for r in lines(source / "test.jsonl")]
+    of_rule = {rule: 1 + k for k, rule in enumerate(make.RULES)}
+    for pair in files["train"] + files["test_titles"]:
+        grades = [int(label) for label in pair["step_labels"]]
+        assert str(grades[-1]) == pair["label"] and grades == sorted(grades, reverse=True)
+        rule = pair["done"].removesuffix(", asked")
+        if rule in of_rule:  # nothing else has changed, and nothing if the value was left out
+            k = of_rule[rule]
+            assert grades[k - 1] == 3 and grades[-1] == grades[k] in (2, 3) and (rule != "brand" or grades[k] == 2)
+        elif pair["done"] == "none" or "not asked" in pair["done"]:
+            assert grades[-1] == 3
+        elif "another" in pair["done"] or pair["done"] == "part for it":
+            assert grades[0] == 0
+    unedited = [{p["document"] for p in files[name] if p.get("done", "none") == "none"} for name in ("train", "test_titles")]
+    assert not unedited[0] & unedited[1]
+    renderer = grm.Renderer(task, AutoTokenizer.from_pretrained(task.folder / "model"))
+    told = [[s.label for s in renderer.parse(renderer.encode_response(p["response"])).steps] for p in files["sft"]]
+    asked_for = [p for p, labels in zip(files["sft"], told, strict=True) if ", other" in p["response"] and labels[-1] == "3"]
+    assert 0.2 < len(asked_for) / sum(", other" in p["response"] for p in files["sft"]) < 0.8
+    assert "part for it" in capsys.readouterr().out
