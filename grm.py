@@ -75,11 +75,12 @@ class Task:
     relevant: list[str]
     steps: list[str]
     format: str
+    others: dict = field(default_factory=dict, compare=False)  # {file name: criteria}, once read
 
     @classmethod
-    def load(cls, folder):
-        """Read and check `folder`/criteria.md. Raises TaskError that names file and field."""
-        path = Path(folder) / "criteria.md"
+    def load(cls, folder, name="criteria.md"):
+        """Read and check `folder`/`name`. Raises TaskError that names file and field."""
+        path = Path(folder) / name
         try:
             text = path.read_text(encoding="utf-8-sig")
             parts = re.split(r"^---[ \t]*$", text, maxsplit=2, flags=re.MULTILINE)
@@ -144,6 +145,19 @@ class Task:
             if theirs != getattr(self, name):
                 raise TaskError(f"{folder}: was trained for other {name}, {theirs}")
 
+    def criteria_of(self, name):
+        """The criteria in NAME.md of the folder, None: the task's own. Raises TaskError."""
+        if name is None:
+            return self.criteria
+        if not re.fullmatch(r"[^/\\]+\.md", str(name)):
+            raise TaskError(f"'criteria' must be NAME.md, in the task's folder, not {name!r}")
+        if name not in self.others:
+            task = Task.load(self.folder, name)
+            if (task.labels, task.steps, task.format) != (self.labels, self.steps, self.format):
+                raise TaskError(f"{self.folder / name}: has other labels, steps or format")
+            self.others[name] = task.criteria
+        return self.others[name]
+
     @property
     def boxes(self):
         """Names of an answer's boxes; an answer-first answer begins with the label's own."""
@@ -192,6 +206,7 @@ class Task:
         """A record with its labels as strings. Raises ValueError that says what is wrong."""
         if not isinstance(record, dict):
             raise TaskError("must be a JSON object")
+        self.criteria_of(record.get("criteria"))
         texts = {"query", "document", *required} - {"label"}
         for name in sorted(texts):
             if not isinstance(record.get(name), str) or not record[name].strip():
@@ -378,11 +393,8 @@ class Renderer:
             raise TaskError(f"{source}: its chat template drops or repeats a message")
         # The space before query and document belongs to their first word, as in running text.
         head, query, document, tail = pieces
-        self._head = [
-            *self._encode(head, special=True),
-            *self._encode(self.task.criteria),
-            *self._encode(query.rstrip(" "), special=True),
-        ]
+        self._around = [self._encode(x, special=True) for x in (head, query.rstrip(" "))]
+        self._heads = {}  # ids before the query, by what a record names as its criteria
         self._middle = self._encode(document.rstrip(" "), special=True)
         self._tail = self._encode(tail, special=True)
         behind_answer = self._encode(turn.split(self.ANSWER, 1)[1], special=True)
@@ -474,9 +486,12 @@ class Renderer:
         """What stands in the complete boxes of some ids, without white space."""
         return ["".join(text.split()) for text in BOX.findall(self.decode(ids))]
 
-    def prompt(self, query, document):
+    def prompt(self, query, document, criteria=None):
         """Prompt ids of one pair. Raises TaskError if it does not fit even without a document."""
-        before = [*self._head, *self._encode(" " + query), *self._middle]
+        if criteria not in self._heads:
+            text = self._encode(self.task.criteria_of(criteria))
+            self._heads[criteria] = [*self._around[0], *text, *self._around[1]]
+        before = [*self._heads[criteria], *self._encode(" " + query), *self._middle]
         document_ids = self._encode(" " + document)
         if self.max_prompt_tokens is not None:
             room = self.max_prompt_tokens - len(before) - len(self._tail)
@@ -492,11 +507,11 @@ class Renderer:
     def prompts(self, records):
         """Prompt ids of records from `Task.read`; TaskError names the record that does not fit."""
         prompts = []
-        for record in records:
+        for pair in records:
             try:
-                prompts.append(self.prompt(record["query"], record["document"]))
+                prompts.append(self.prompt(pair["query"], pair["document"], pair.get("criteria")))
             except TaskError as error:
-                raise TaskError(f"{getattr(record, 'where', 'pair')}: {error}") from None
+                raise TaskError(f"{getattr(pair, 'where', 'pair')}: {error}") from None
         return prompts
 
     def parse(self, ids):
@@ -920,10 +935,10 @@ def score_file(args):
 def are_of(records, lines):
     """Whether lines of a scored file are of the first of these records."""
     try:
-        texts = [(result["query"], result["document"]) for result in map(json.loads, lines)]
+        texts = [(r["query"], r["document"], r.get("criteria")) for r in map(json.loads, lines)]
     except (ValueError, TypeError, KeyError):
         return False
-    return texts == [(r["query"], r["document"]) for r in records[: len(texts)]]
+    return texts == [(r["query"], r["document"], r.get("criteria")) for r in records[: len(texts)]]
 
 
 def grade_file(renderer, engine, records, file, lines, args):
