@@ -128,12 +128,12 @@ class Task:
             return "the criteria must tell the model to close each step with \\boxed{label}"
         return None
 
-    def save(self, folder):
+    def save(self, folder, name="criteria.md"):
         """Write criteria.md into a folder: beside a model, it says what that was trained for."""
         head = {name: getattr(self, name) for name in ("labels", "relevant", "steps", "format")}
         front = yaml.safe_dump(head, sort_keys=False, width=math.inf, allow_unicode=True)
         text = f"---\n{front}---\n{self.criteria}\n"
-        (Path(folder) / "criteria.md").write_text(text, encoding="utf-8")
+        (Path(folder) / name).write_text(text, encoding="utf-8")
 
     def check_model(self, folder):
         """Raise TaskError if a model's folder was trained for other labels, steps or format."""
