@@ -3,10 +3,10 @@
     python docs/refine.py --task TASK --model MODEL --candidates FOLDER \\
         --cases new.jsonl --replay old.jsonl --out accepted.md       [--writer CHAT_MODEL]
 
-FOLDER holds revised criteria, NAME.md, by any writer. With --writer a chat model adds drafts; it is
-told which errors recur: three or more pairs of the same gold label, answer and wrong step. Cases
-are pairs that the present criteria get wrong, replayed pairs those that must stay right; criteria
-that they name themselves are put aside. Printed is what flips, by grade and step, with examples.
+FOLDER holds revised criteria, NAME.md, by any writer; with --writer a chat model adds drafts, told
+which errors recur: three or more pairs of the same gold label, answer and wrong step. Cases are
+pairs that the present criteria get wrong, replayed pairs those that must stay right; criteria that
+they name themselves are put aside. Printed is what flips, by grade and step, with examples.
 
 The queries of the cases are dealt into two halves. Of the candidates that lose at most --tolerance
 of the replayed pairs' accuracy, the one with the most right in the first half is chosen; accepted
@@ -37,8 +37,7 @@ ASK = """These criteria tell a model how to grade how relevant documents are to 
 {criteria}
 With them it makes these errors again and again:
 {errors}
-Answer with new criteria alone, whole, with as few changes as end these errors. Keep the grades, the
-steps and their order, and every \\boxed{{grade}}."""
+Answer with the new criteria alone, whole. Keep the grades, the steps and every \\boxed{{grade}}."""
 
 
 def list_changes(task, pairs, answers, others, least=1):
@@ -50,8 +49,9 @@ def list_changes(task, pairs, answers, others, least=1):
         if old != new:
             steps = zip(task.boxes, boxes, new_boxes, strict=False)  # no boxes: malformed
             step = next((name for name, one, other in steps if one != other), "unknown")
-            what = {new: "mended", old: "broken"}.get(pair["label"], "still wrong")
-            kinds[f"{what}, {old} -> {new} where {pair['label']} is right, {step}"].append(pair)
+            gold = pair["label"]
+            what = {new: "mended", old: "broken"}.get(gold, "still wrong")
+            kinds[f"{what}, {old} -> {new} where {gold} is right, step {step}"].append(pair)
     lines = []
     for kind, changed in sorted(kinds.items(), key=lambda item: -len(item[1])):
         if len(changed) >= least:
@@ -60,17 +60,18 @@ def list_changes(task, pairs, answers, others, least=1):
     return "\n".join(lines)
 
 
-def write_drafts(writer, task, errors, folder, count=4):
-    """Ask a chat model for revised criteria; writes FOLDER/writer-N.md."""
-    model, tokenizer = grm.load_model(writer)
+def write_drafts(writer, like, task, errors, folder, count=4):
+    """Ask a chat model, run as the model `like`, for new criteria; writes FOLDER/writer-N.md."""
+    model, tokenizer = grm.load_model(writer, like.dtype)
     ask = [{"role": "user", "content": ASK.format(criteria=task.criteria, errors=errors)}]
     settings = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
     text = tokenizer.apply_chat_template(ask, **settings)
     ids = tokenizer(text, add_special_tokens=False).input_ids
     room = 256 + 2 * len(tokenizer(task.criteria).input_ids)
-    rollout.check_model(model, len(ids) + room)
+    rollout.check_model(model.to(like.device), len(ids) + room)
     ends = model.generation_config.eos_token_id or tokenizer.eos_token_id
-    (answers,) = rollout.Engine(model, ends, [], room).sample([ids], group_size=count).answers
+    engine = rollout.Engine(model, ends, [], room)
+    (answers,) = engine.sample([ids], group_size=count, temperature=0.7).answers
     for number, answer in enumerate(answers, 1):
         draft = tokenizer.decode(answer, skip_special_tokens=True).strip()
         replace(task, criteria=draft).save(folder, f"writer-{number}.md")
@@ -118,11 +119,10 @@ def main():
         raise grm.TaskError(f"{args.cases}: needs two queries: to choose by, and to accept by")
     task.others.clear()  # of the pairs' own criteria
     before, present = grade(renderer, engine, parts, None)
-    first = parts["first half"]
-    gold = [(case["label"], case.get("step_labels", [])) for case in first]
-    errors = list_changes(task, first, before["first half"], gold, least=3)
+    gold = [(case["label"], case.get("step_labels", [])) for case in parts["first half"]]
+    errors = list_changes(task, parts["first half"], before["first half"], gold, least=3)
     if args.writer and errors:
-        write_drafts(args.writer, task, errors, args.candidates)
+        write_drafts(args.writer, engine.model, task, errors, args.candidates)
     scores = {}
     for path in sorted(args.candidates.glob("*.md")):
         try:
@@ -133,7 +133,8 @@ def main():
             print(f"left out: {error}")
             continue
         for part, pairs in parts.items():
-            print(f"  {part}\n{list_changes(task, pairs, before[part], after[part])}")
+            text = list_changes(task, pairs, before[part], after[part])
+            print(f"  {part}\n{text or '     0 flips'}")
     least = present["replay"] - args.tolerance - 1e-9
     fitting = [name for name in scores if scores[name]["replay"] >= least]
     chosen = max(fitting, key=lambda name: scores[name]["first half"], default=None)

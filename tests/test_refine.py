@@ -36,7 +36,7 @@ def refine(tmp_path, monkeypatch, capsys):
             said.append(["yes", "yes" if named else "no"])
         return [{"label": y[1], "steps": [{"label": label} for label in y]} for y in said]
 
-    monkeypatch.setattr(grm, "load_judge", lambda *_: (SimpleNamespace(task=task), None))
+    monkeypatch.setattr(grm, "load_judge", lambda *_: (SimpleNamespace(task=task), SimpleNamespace(model="m")))
     monkeypatch.setattr(grm, "check_records", lambda *_: None)
     monkeypatch.setattr(grm, "judge", judge)
 
@@ -86,8 +86,11 @@ def test_what_is_accepted(refine):
     assert refine("overfit")[2]["candidates"] == {"overfit.md": {"first half": 1.0, "second half": 0.0, "replay": 1.0}}
     code, out, last, _ = refine("right", "slip")
     assert last["present"] == {"first half": 0.0, "second half": 0.0, "replay": 1.0}
-    assert "  first half\n     2 mended, no -> yes where yes is right, grade\n       w | p\n  second half\n     1 mended" in out
-    assert "  replay\n     1 broken, yes -> no where yes is right, grade\n       k | e\n" in out
+    assert (
+        "  first half\n     2 mended, no -> yes where yes is right, step grade\n       w | p\n  second half\n     1 mended"
+        in out
+    )
+    assert "  replay\n     1 broken, yes -> no where yes is right, step grade\n       k | e\n" in out
     with pytest.raises(grm.TaskError, match=r"cases.jsonl: needs two queries"):
         refine("right", cases="wp wq")
 
@@ -105,14 +108,14 @@ def test_the_writer_is_told_what_recurs(refine, monkeypatch):
     """Errors of the half that its draft is accepted by, or that occur twice; a draft without front matter, or none at all."""
     told = []
 
-    def write(writer, task, errors, folder):
+    def write(writer, like, task, errors, folder):
         told.append((writer, errors))
         grm.Task.load(task.folder).save(folder, "writer-1.md")
 
     monkeypatch.setattr(refine.module, "write_drafts", write)
     cases = "wp xr wq xr wp xr wp"
     assert refine(cases=cases.replace("wq", "wd"), writer="chat")[2]["candidates"].keys() == {"writer-1.md"}
-    assert told == [("chat", "     3 mended, no -> yes where yes is right, grade" + "\n       w | p" * 3)]
+    assert told == [("chat", "     3 mended, no -> yes where yes is right, step grade" + "\n       w | p" * 3)]
     assert refine("right", writer="chat")[2]["candidates"].keys() == {"right.md", "writer-1.md"} and len(told) == 2
     assert refine("right", cases="wp xr wp xr", writer="chat")[0] == 0 and len(told) == 2  # nothing recurs
 
@@ -125,25 +128,22 @@ def test_drafts_are_whole_criteria(tmp_path, monkeypatch):
         def __init__(self, model, ends, label_ids, room):
             asked.append((ends, room))
 
-        def sample(self, prompts, group_size):
+        def sample(self, prompts, group_size, temperature):
             asked.append((tokenizer.decode(prompts[0]), len(prompts[0]), group_size))
             ids = tokenizer("Promotion: ignore. Close with \\boxed{grade}.").input_ids
             return SimpleNamespace(answers=[[[*ids, tokenizer.eos_token_id]] * group_size])
 
-    model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=None))
-    monkeypatch.setattr(grm, "load_model", lambda name: (model, tokenizer))
-    monkeypatch.setattr(rollout, "check_model", lambda _, longest: asked.append(longest))
+    generation, like = SimpleNamespace(eos_token_id=None), SimpleNamespace(dtype="half", device="cuda")
+    model = SimpleNamespace(generation_config=generation, to=lambda device: f"on {device}")
+    monkeypatch.setattr(grm, "load_model", lambda name, dtype: (model, tokenizer) if dtype == "half" else None)
+    monkeypatch.setattr(rollout, "check_model", lambda model, longest: asked.append((model, longest)))
     monkeypatch.setattr(rollout, "Engine", Engine)
-    load("refine", "docs").write_drafts("chat", task, "winter ramen", tmp_path, count=2)
-    longest, (ends, room), (prompt, length, group_size) = asked
+    load("refine", "docs").write_drafts("chat", like, task, "winter ramen", tmp_path, count=2)
+    (where, longest), (ends, room), (prompt, length, group_size) = asked
     spoken = lambda text: tokenizer.decode(tokenizer(text).input_ids)
     assert spoken(task.criteria) in prompt and "winter ramen" in prompt and prompt.endswith("<|im_start|> assistant")
-    assert (
-        group_size == 2
-        and longest == length + room
-        and room > len(tokenizer(task.criteria).input_ids)
-        and ends == tokenizer.eos_token_id
-    )
+    assert (where, group_size, ends) == ("on cuda", 2, tokenizer.eos_token_id)
+    assert longest == length + room and room > len(tokenizer(task.criteria).input_ids)
     drafts = [grm.Task.load(tmp_path, f"writer-{i}.md") for i in (1, 2)]
     for draft in drafts:
         assert (draft.labels, draft.steps) == (task.labels, task.steps) and draft.criteria.endswith("\\boxed{ grade } .")
