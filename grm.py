@@ -72,11 +72,12 @@ class Task:
     relevant: list[str]
     steps: list[str]
     format: str
+    others: dict = field(default_factory=dict, compare=False)  # {file name: criteria}, once read
 
     @classmethod
-    def load(cls, folder):
-        """Read and check `folder`/criteria.md. Raises TaskError that names file and field."""
-        path = Path(folder) / "criteria.md"
+    def load(cls, folder, name="criteria.md"):
+        """Read and check `folder`/`name`. Raises TaskError that names file and field."""
+        path = Path(folder) / name
         try:
             text = path.read_text(encoding="utf-8-sig")
             parts = re.split(r"^---[ \t]*$", text, maxsplit=2, flags=re.MULTILINE)
@@ -124,12 +125,12 @@ class Task:
             return "the criteria must tell the model to close each step with \\boxed{label}"
         return None
 
-    def save(self, folder):
+    def save(self, folder, name="criteria.md"):
         """Write criteria.md into a folder: beside a model, it says what that was trained for."""
         head = {name: getattr(self, name) for name in ("labels", "relevant", "steps", "format")}
         front = yaml.safe_dump(head, sort_keys=False, width=math.inf, allow_unicode=True)
         text = f"---\n{front}---\n{self.criteria}\n"
-        (Path(folder) / "criteria.md").write_text(text, encoding="utf-8")
+        (Path(folder) / name).write_text(text, encoding="utf-8")
 
     def check_model(self, folder):
         """Raise TaskError if a model's folder was trained for other labels, steps or format."""
@@ -140,6 +141,19 @@ class Task:
             theirs = getattr(trained_for, name)
             if theirs != getattr(self, name):
                 raise TaskError(f"{folder}: was trained for other {name}, {theirs}")
+
+    def criteria_of(self, name):
+        """The criteria in NAME.md of the folder, None: the task's own. Raises TaskError."""
+        if name is None:
+            return self.criteria
+        if not re.fullmatch(r"[^/\\]+\.md", str(name)):
+            raise TaskError(f"'criteria' must be NAME.md, in the task's folder, not {name!r}")
+        if name not in self.others:
+            task = Task.load(self.folder, name)
+            if (task.labels, task.steps, task.format) != (self.labels, self.steps, self.format):
+                raise TaskError(f"{self.folder / name}: has other labels, steps or format")
+            self.others[name] = task.criteria
+        return self.others[name]
 
     @property
     def boxes(self):
@@ -189,6 +203,7 @@ class Task:
         """A record with its labels as strings. Raises ValueError that says what is wrong."""
         if not isinstance(record, dict):
             raise TaskError("must be a JSON object")
+        self.criteria_of(record.get("criteria"))
         texts = {"query", "document", *required} - {"label"}
         for name in sorted(texts):
             if not isinstance(record.get(name), str) or not record[name].strip():
@@ -375,11 +390,8 @@ class Renderer:
             raise TaskError(f"{source}: its chat template drops or repeats a message")
         # The space before query and document belongs to their first word, as in running text.
         head, query, document, tail = pieces
-        self._head = [
-            *self._encode(head, special=True),
-            *self._encode(self.task.criteria),
-            *self._encode(query.rstrip(" "), special=True),
-        ]
+        self._around = [self._encode(x, special=True) for x in (head, query.rstrip(" "))]
+        self._heads = {}  # ids before the query, by what a record names as its criteria
         self._middle = self._encode(document.rstrip(" "), special=True)
         self._tail = self._encode(tail, special=True)
         behind_answer = self._encode(turn.split(self.ANSWER, 1)[1], special=True)
@@ -471,9 +483,12 @@ class Renderer:
         """What stands in the complete boxes of some ids, without white space."""
         return ["".join(text.split()) for text in BOX.findall(self.decode(ids))]
 
-    def prompt(self, query, document):
+    def prompt(self, query, document, criteria=None):
         """Prompt ids of one pair. Raises TaskError if it does not fit even without a document."""
-        before = [*self._head, *self._encode(" " + query), *self._middle]
+        if criteria not in self._heads:
+            text = self._encode(self.task.criteria_of(criteria))
+            self._heads[criteria] = [*self._around[0], *text, *self._around[1]]
+        before = [*self._heads[criteria], *self._encode(" " + query), *self._middle]
         document_ids = self._encode(" " + document)
         if self.max_prompt_tokens is not None:
             room = self.max_prompt_tokens - len(before) - len(self._tail)
@@ -489,11 +504,11 @@ class Renderer:
     def prompts(self, records):
         """Prompt ids of records from `Task.read`; TaskError names the record that does not fit."""
         prompts = []
-        for record in records:
+        for pair in records:
             try:
-                prompts.append(self.prompt(record["query"], record["document"]))
+                prompts.append(self.prompt(pair["query"], pair["document"], pair.get("criteria")))
             except TaskError as error:
-                raise TaskError(f"{getattr(record, 'where', 'pair')}: {error}") from None
+                raise TaskError(f"{getattr(pair, 'where', 'pair')}: {error}") from None
         return prompts
 
     def parse(self, ids):

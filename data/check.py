@@ -44,8 +44,9 @@ def query_of(record):
 
 
 def pair_of(record):
-    """Query and document, without regard to case and white space."""
-    return tuple(" ".join(record[name].split()).casefold() for name in ("query", "document"))
+    """Query and document, without regard to case and white space, and the criteria's file."""
+    texts = [" ".join(record[name].split()).casefold() for name in ("query", "document")]
+    return (*texts, record.get("criteria"))
 
 
 def label_of(task, record):

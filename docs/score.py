@@ -76,10 +76,10 @@ def score_file(args):
 def are_of(records, lines):
     """Whether lines of a scored file are of the first of these records."""
     try:
-        texts = [(result["query"], result["document"]) for result in map(json.loads, lines)]
+        texts = [(r["query"], r["document"], r.get("criteria")) for r in map(json.loads, lines)]
     except (ValueError, TypeError, KeyError):
         return False
-    return texts == [(r["query"], r["document"]) for r in records[: len(texts)]]
+    return texts == [(r["query"], r["document"], r.get("criteria")) for r in records[: len(texts)]]
 
 
 def grade_file(renderer, engine, records, file, lines, args):

@@ -275,6 +275,8 @@ def test_check(tmp_path, capsys):
 
     out, warnings = check()
     assert warnings == ["no pair of train.jsonl has the label 0, 2"]
+    other = pair("lima", "Ramen  lima", "0", "0", "0") | {"criteria": "criteria.md"}
+    assert check(test_b=[other])[1] == warnings  # another label, by other criteria
     turned = [record | {"document": {"3": "plants", "1": "kids", "-1": "sofas"}[record["label"]]} for record in files["train"]]
     assert any("is worst first in labels?" in line for line in check(train=turned)[1])
     table = {line.split()[0]: line.split() for line in out.split("query, document:")[0].splitlines()[2:]}

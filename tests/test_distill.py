@@ -298,6 +298,8 @@ def test_cache_is_reused_resumed_or_refused(task, monkeypatch):
         lambda teacher, pairs: setattr(teacher.renderer.task, "criteria", "Others."),
         lambda teacher, pairs: teacher.renderer.task.labels.reverse(),
         lambda teacher, pairs: pairs[-1].update(document="another"),
+        lambda teacher, pairs: pairs[-1].update(criteria="criteria.md"),
+        lambda teacher, pairs: teacher.renderer.task.others.update(x="Others."),
         lambda teacher, pairs: pairs.pop(),
         lambda teacher, pairs: os.utime(Path(teacher.config.teacher) / "model.safetensors", (0, 0)),
     ):
@@ -411,12 +413,15 @@ def test_inputs_are_cut_as_they_will_be_served(task, monkeypatch):
 
 
 def test_pairs_are_distinct(task):
-    """A pair of two files that the teacher grades twice, or whose label, in the second alone, is lost."""
+    """A pair of two files that the teacher grades twice, or whose label, in the second alone, is lost; one by two criteria that
+    is graded once."""
     pairs = [{"query": "winter", "document": text, **label} for text, label in (("kids", {}), ("ramen", {"label": "3"}))]
     for name, records in (("train", [*pairs, pairs[0]]), ("sft", [pairs[0] | {"label": "-1"}, pairs[1] | {"label": "0"}])):
         (task / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     found, _ = distill.read_pairs(configure(task), grm.Task.load(task))
     assert [(pair["document"], pair["label"], pair["gold"]) for pair in found] == [("kids", "-1", 0), ("ramen", "3", 4)]
+    (task / "train.jsonl").write_text("".join(json.dumps(pairs[1] | more) + "\n" for more in ({}, {"criteria": "criteria.md"})))
+    assert len(distill.read_pairs(configure(task, "--pairs=train.jsonl"), grm.Task.load(task))[0]) == 2
 
 
 @pytest.mark.parametrize(("student", "call", "behind_prompt"), [("student", 1, 64), ("model", 1, 5), ("model", 2, 64)])

@@ -206,6 +206,41 @@ def test_read_names_each_fault_once(tmp_path):
             read_lines(tmp_path, line, required=required)
 
 
+def test_a_record_names_its_criteria(tmp_path, monkeypatch):
+    """Another file's criteria, or none, in a pair's prompt; a file read for each line; a path out of the folder followed; other
+    labels, steps or format that make a pair's answer unreadable."""
+    renderer, other = make_renderer("words"), "Be strict.\n\nClose with \\boxed{grade}."
+    task = replace(make_task(), folder=tmp_path)
+    replace(task, criteria=other).save(tmp_path, "other.md")
+    renderer, alone = (Renderer(t, renderer.tokenizer) for t in (task, replace(task, criteria=other)))
+    pair = {"query": "winter", "document": "the kids", "label": "1"}
+    named = [pair, pair | {"criteria": "other.md"}, pair | {"criteria": None}, pair | {"criteria": "other.md"}]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(record) + "\n" for record in named))
+    reads, load = [], Task.load
+    monkeypatch.setattr(Task, "load", lambda *args: reads.append(args) or load(*args))
+    records = task.read(tmp_path / "x.jsonl")
+    (tmp_path / "other.md").unlink()
+    own, others = (x.prompt("winter", "the kids") for x in (renderer, alone))
+    assert renderer.prompts(records) == [own, others, own, others] and own != others
+    assert reads == [(tmp_path, "other.md")] and [record.get("criteria") for record in records][1::2] == ["other.md"] * 2
+    faults = {"none.md": f"{tmp_path / 'none.md'}: No such file"}
+    for name, field in (("format", "answer-first"), ("steps", ["topic", "promotion"]), ("labels", ["-2", *GRADES])):
+        replace(task, **{name: field}).save(tmp_path, f"{name}.md")
+        faults[f"{name}.md"] = f"{tmp_path / name}.md: has other labels, steps or format"
+    (tmp_path / "folder").mkdir()
+    task.save(tmp_path / "folder", "x.md")
+    elsewhere = ["folder/x.md", "../x.md", "..", "folder\\x.md", str(tmp_path / "folder" / "x.md"), "", 7, ["x.md"]]
+    faults = [
+        *faults.items(),
+        *((name, f"'criteria' must be NAME.md, in the task's folder, not {name!r}") for name in elsewhere),
+    ]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(pair | {"criteria": name}) + "\n" for name, _ in faults))
+    with pytest.raises(TaskError) as caught:
+        task.read(tmp_path / "x.jsonl")
+    for line, (said, (_, message)) in enumerate(zip(str(caught.value).split("\n"), faults, strict=True), 1):
+        assert said.startswith(f"{tmp_path / 'x.jsonl'}:{line}: {message}")
+
+
 OTHER_FILES = [
     ("\ufeffFrage;Größe;label\nq;d;1\n".encode(), ": begins with 'Frage;Größe;label'; JSON Lines are an object a line"),
     ("Frage;Größe\n".encode("cp1252"), ": begins with 'Frage;Gr.{2}e'; JSON Lines are an object a line; data/from_csv.py"),
@@ -286,8 +321,9 @@ def test_notes_is_made_byte_for_byte(tmp_path):
 TRAITS = [("dutch finnish", -1), ("cheap bargain", 1), ("outdated old", -1), ("detailed thorough", 1), ("unsafe scam", -3)]
 
 
-def naive_grades(query, document):
-    """The grades after the eight steps, of the texts alone, as criteria.md words the rules."""
+def naive_grades(query, document, criteria=""):
+    """The grades after the eight steps, of the texts alone, as criteria.md words the rules; criteria: says which are off."""
+    is_off = lambda words: re.search(rf"{words}[^.]* leaves the grade as it is", criteria)
     query, note = (set(re.findall(r"\w+", text.lower())) for text in (query, document))
     categories = list(map(set, MAKER["CATEGORIES"].values()))
     (asked,), (told,) = (words & set().union(*categories) for words in (query, note))
@@ -297,13 +333,14 @@ def naive_grades(query, document):
     silent = sum(not values & note for values in wanted)
     contradicted = any(values & note and not values & note & query for values in wanted)
     assert all(len(values & note) <= 1 for values in map(set, MAKER["CONSTRAINTS"].values()))
-    grade = grades[0] if grades[0] < 0 else 0 if contradicted else max(0, grades[0] - silent)
+    contradicted &= not is_off("contradicted constraint")
+    grade = grades[0] if grades[0] < 0 else 0 if contradicted else max(0, grades[0] - silent * (not is_off("silent about")))
     grades.append(grade)
-    if note & {"sponsored", "gifted", "affiliate"}:
+    if note & {"sponsored", "gifted", "affiliate"} and not is_off("affiliate"):
         grade = min(grade, 1)
     grades.append(grade)
     for trait, change in TRAITS:
-        if grade >= 0 and note & set(trait.split()):
+        if grade >= 0 and note & set(trait.split()) and not is_off(trait.split()[1]):
             grade = min(3, max(0, grade + change))
         grades.append(grade)
     return list(map(str, grades))
@@ -332,6 +369,34 @@ def test_notes_of_any_number_of_steps(tmp_path, monkeypatch, steps, form):
         assert trace.problem is None and len(ids) <= longest and unknown not in ids
         wrong.append(trace.label != naive_grades(record["query"], record["document"])[steps - 1])
     assert 0.2 < np.mean(wrong) < 0.7 and renderer.truncated == 0
+
+
+def test_notes_by_varied_criteria(tmp_path, monkeypatch):
+    """Labels by another pair's criteria, or by all rules; combinations of the unseen test that are trained on; a rule that is
+    always on in training, so that no text could matter; demonstrations that heed a rule that is off."""
+    sizes = {name: size // 10 for name, size in MAKER["SIZES"].items()} | {"test_unseen": 200}
+    monkeypatch.setitem(MAKER["make"].__globals__, "SIZES", sizes)
+    MAKER["make"](tmp_path, num_steps=4, error=0, varied=True)
+    task, (_, tokenizer) = Task.load(tmp_path), load_model(tmp_path / "model", meta=True)
+    renderer, named, wrong, by_all_rules = Renderer(task, tokenizer, 512, 70), {}, [], []
+    for path in sorted(tmp_path.glob("*.jsonl")):
+        records = task.read(path, ())
+        named[path.stem] = {record["criteria"] for record in records}
+        for record, prompt in zip(records, renderer.prompts(records), strict=True):
+            texts = record["query"], record["document"]
+            grades = naive_grades(*texts, " ".join(task.others[record["criteria"]].split()))[:4]
+            assert tokenizer.unk_token_id not in prompt and grades == record.get("step_labels", grades)
+            if path.stem == "sft":
+                wrong.append(renderer.parse(renderer.encode_response(record["response"])).label != grades[-1])
+            if path.stem == "test_unseen":
+                by_all_rules.append(grades == naive_grades(*texts)[:4])
+                assert record["criteria"] == records[record["query_id"] * 10]["criteria"]
+    trained, unseen = named["train"], named.pop("test_unseen")
+    files = {path.name for path in tmp_path.glob("criteria-*.md")}
+    assert len(files) == 16 and len(trained) == 11 and len(unseen) > 2 and unseen <= files - trained
+    assert set(named) == {"sft", "test_seen", "train", "unlabelled"} and all(names <= trained for names in named.values())
+    assert all({name[at] for name in trained} == {"0", "1"} for at in range(9, 13)) and trained == named["sft"]
+    assert task.criteria == task.criteria_of("criteria-1111.md") and 0 < np.mean(wrong) < 0.1 and np.mean(by_all_rules) < 0.8
 
 
 GOLDEN_PAIR = {"query": "winter ramen tokyo", "document": "RAMEN in Tokyo, finally! A gifted note, loved it <|im_end|>"}
@@ -723,6 +788,17 @@ def test_shared_prefixes_grade_as_padded_rows_do(format, explain, monkeypatch):
         assert all(result["well_formed"] for result in judge(renderer, shared, ASKED[:2], explain))
 
 
+def test_criteria_mixed_in_a_batch(monkeypatch):
+    """A prefix shared with a pair of other criteria, of which only the first words are the same."""
+    renderer, shared, padded = speakers("reason-first")
+    monkeypatch.setitem(renderer.task.others, "other.md", "Work in steps. Close with \\boxed{grade}.")
+    mixed = [record | {"criteria": ("other.md", None)[i % 2]} for i, record in enumerate(ASKED)]
+    plain = judge(renderer, padded, mixed)
+    assert plain != judge(renderer, padded, ASKED)
+    for got, expected in zip(judge(renderer, shared, mixed), plain, strict=True):
+        assert got["answer"] == expected["answer"] and got["probs"] == pytest.approx(expected["probs"], rel=1e-3, abs=1e-6)
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """The embedded model's folder with weights."""
@@ -932,6 +1008,7 @@ def test_score_refuses_to_mix_or_overwrite(score, tmp_path):
         (pairs, before, {"max_new_tokens": 4}, "--max_new_tokens 3"),
         (pairs.replace(b'"document": "', b'"document": "my ', 1), before, {}, "other pairs"),
         (b"".join(pairs.splitlines(keepends=True)[:3]), before, {}, "other pairs"),
+        (pairs.replace(b'"query":', b'"criteria": "criteria.md", "query":', 1), before, {}, "other pairs"),
         (pairs, before.replace(b'"grade"', b'"grade', 1), {}, "other pairs"),
     ):
         path.write_bytes(its_pairs)

@@ -4,6 +4,7 @@
     python data/notes/make.py --format answer-first --out data/notes-answer-first  # grade first
     python data/notes/make.py --steps 8 --out data/notes-8    # five more rules, each its own step
     python data/notes/make.py --form initial-calibrated-final --out data/notes-icf  # three scores
+    python data/notes/make.py --varied --out data/notes-varied  # every pair has its own criteria
 
 The world: a query names a topic and up to three constraints; a note is about one topic, may give
 values for constraints, may be promotion, and with `--steps` may have traits (`TRAITS`). `grades`
@@ -24,9 +25,13 @@ often its errors cancel, and a right grade hides wrong steps; `--error` sets how
 The test sets have ten notes to a query, of at least three grades; what their queries ask for is
 asked in no other file, in whatever words. LONGTAIL: topics, promotion words and combinations of
 rules that are rare in the demonstrations (`is_longtail`).
+
+`--varied`: each pair names its own criteria, with each rule on or off, and is labelled by them; in
+criteria-101.md the second of `EFFECTS` is off. A third of them are in test_unseen.jsonl alone.
 """
 
 import argparse
+import itertools
 import json
 import random
 import re
@@ -42,6 +47,7 @@ from fresh import CHAT_TEMPLATE, make_config
 
 SEED = 20260
 SIZES = {"sft": 7500, "train": 4500, "test_random": 500, "test_longtail": 500, "unlabelled": 4000}
+SIZES |= {"test_seen": 500, "test_unseen": 500}
 NOTES_A_QUERY = 10  # in the test sets
 FORMS = ["rule-by-rule", "initial-calibrated-final"]
 
@@ -113,6 +119,18 @@ RULES = {
     "length": "Length: a note that is detailed or thorough gains one grade, but never above 3.",
     "safety": "Safety: a note about something unsafe or a scam is capped at 0.",
 }
+# What each rule does, in the words above, and what criteria say in which it is off.
+EFFECTS = {
+    "silent": "costs\none grade, but never below 0",
+    "contradicted": "caps the grade at 0",
+    "promotion": "is capped at 1",
+    "language": "costs one grade, but never below 0",
+    "price": "gains one grade, but never above 3",
+    "freshness": "costs one grade, but never below 0",
+    "length": "gains one grade, but never above 3",
+    "safety": "is capped at 0",
+}
+NO_EFFECT = "leaves the grade as it is"
 NUMBERS = ["one", "two", "three", "four", "five", "six", "seven", "eight"]
 
 TRAIN = {"eval_every": 40, "sft_steps": 1400, "sft_batch": 16, "sft_lr": 1.5e-3}
@@ -123,10 +141,21 @@ DISTILL |= {"steps": 6500, "batch": 32, "lr": 1.4e-3}
 SHAPE = {"num_hidden_layers": 3, "intermediate_size": 384, "max_position_embeddings": 512}
 
 
-def write_criteria(num_steps, answer_format, form):
-    """The text of criteria.md, front matter and body."""
+def combinations(num_steps):
+    """All combinations of rules, pairs: the name of their criteria's file, and the rules on."""
+    for bits in itertools.product("01", repeat=num_steps):
+        on = [rule for rule, bit in zip(EFFECTS, bits, strict=False) if bit == "1"]
+        yield f"criteria-{''.join(bits)}.md", {"topic", *on}
+
+
+def write_criteria(num_steps, answer_format, form, on=EFFECTS):
+    """The text of criteria.md, front matter and body. on: the rules that are."""
     steps = list(RULES)[:num_steps]
-    rules = [RULES[step] for step in steps]
+    texts = dict(RULES)
+    for rule in EFFECTS.keys() - set(on):
+        step = rule if rule in RULES else "constraints"
+        texts[step] = texts[step].replace(EFFECTS[rule], NO_EFFECT)
+    rules = [texts[step] for step in steps]
     if form != FORMS[0]:
         steps = form.split("-")
         initial = "Initial: the grade by topic and constraints, without the special cases."
@@ -296,16 +325,25 @@ def is_longtail(pair):
     return pair["topics"][2] != "other" and rules >= 2
 
 
-def make_records(rng, num_steps, error, form):
+def make_records(rng, num_steps, error, form, varied):
     """All files' records; no (query, document) stands in two of them."""
     traits = list(TRAITS)[: max(0, num_steps - 3)]
     annotator = ANNOTATOR
     if error is not None:
         annotator = dict.fromkeys(ANNOTATOR, 1 - error) | {"topic": ANNOTATOR["topic"]}
     seen, tested = set(), []
-    files = {name: [] for name in SIZES}
+    anything = lambda pair: True
+    tests = {"test_random": anything, "test_longtail": is_longtail}
+    trained = unseen = [(None, {"topic", *EFFECTS})]
+    if varied:
+        tests = dict.fromkeys(("test_seen", "test_unseen"), anything)
+        trained = list(combinations(num_steps))
+        unseen = trained[2::3]
+        del trained[2::3]
+    draws = random.Random(SEED)  # of combinations
+    files = {"sft": [], "train": []} | {name: [] for name in tests}
 
-    def fresh(keep=lambda pair: True, rare_weight=1.0, like=None):
+    def fresh(keep=anything, rare_weight=1.0, like=None, rules=trained):
         """A pair to keep, of the query of the pair `like`, else of one that no test set asks."""
         while True:
             query = like["query"] if like else draw_query(rng, rare_weight)
@@ -313,17 +351,21 @@ def make_records(rng, num_steps, error, form):
             texts = tuple(pair["texts"].values())
             if (like or query[0] not in tested) and texts not in seen and keep(pair):
                 seen.add(texts)
+                pair["rules"] = name, _ = like["rules"] if like else draws.choice(rules)
+                if varied:
+                    pair["texts"]["criteria"] = name
                 return pair
 
     def labelled(pair):
-        steps = [str(g) for g in boxes(grades(pair)[:num_steps], form)]
+        _, on = pair["rules"]
+        steps = [str(g) for g in boxes(grades(pair, lambda rule: rule in on)[:num_steps], form)]
         return pair["texts"] | {"label": steps[-1], "step_labels": steps}
 
-    for name, keep in {"test_random": lambda pair: True, "test_longtail": is_longtail}.items():
+    for name, keep in tests.items():
         for query_id in range(SIZES[name] // NOTES_A_QUERY):
             labels = ()
             while len(set(labels)) < 3:
-                first = fresh(keep)
+                first = fresh(keep, rules=unseen if name == "test_unseen" else trained)
                 pairs = [first, *(fresh(keep, like=first) for _ in range(NOTES_A_QUERY - 1))]
                 records = [labelled(pair) | {"query_id": query_id} for pair in pairs]
                 labels = [record["label"] for record in records]
@@ -333,7 +375,9 @@ def make_records(rng, num_steps, error, form):
     for _ in range(SIZES["sft"]):
         # In the demonstrations the long tail is thinned out: kept one time in three.
         pair = fresh(lambda p: not is_longtail(p) or rng.random() < 1 / 3, rare_weight=0.5)
-        steps = grades(pair, lambda rule: rng.random() < annotator[rule], rng)[:num_steps]
+        _, on = pair["rules"]
+        knows = lambda rule, on=on: rule in on and rng.random() < annotator[rule]
+        steps = grades(pair, knows, rng)[:num_steps]
         files["sft"].append(pair["texts"] | {"response": write_response(pair, steps, form)})
     # What distillation has in plenty.
     files["unlabelled"] = [fresh()["texts"] for _ in range(SIZES["unlabelled"])]
@@ -427,7 +471,7 @@ def answer_first(record):
     return record
 
 
-def make(out, answer_format="reason-first", num_steps=3, error=None, form=FORMS[0]):
+def make(out, answer_format="reason-first", num_steps=3, error=None, form=FORMS[0], varied=False):
     """Write the whole task folder into `out` (a pathlib.Path).
 
     error: how often the annotator misses a business rule; None: as often as ANNOTATOR says.
@@ -435,12 +479,16 @@ def make(out, answer_format="reason-first", num_steps=3, error=None, form=FORMS[
     out.mkdir(parents=True, exist_ok=True)
     criteria = write_criteria(num_steps, answer_format, form)
     (out / "criteria.md").write_text(criteria, encoding="utf-8")
+    for name, on in combinations(num_steps) if varied else ():
+        text = write_criteria(num_steps, answer_format, form, on)
+        (out / name).write_text(text, encoding="utf-8")
     longest = {"max_new_tokens": 64 + 6 * max(0, num_steps - 3)}
     for name, settings in {"train": TRAIN, "distill": DISTILL}.items():
         text = json.dumps(longest | settings, indent=2) + "\n"
         (out / f"{name}.json").write_text(text, encoding="utf-8")
     pairs, responses = [], []
-    for name, records in make_records(random.Random(SEED), num_steps, error, form).items():
+    files = make_records(random.Random(SEED), num_steps, error, form, varied)
+    for name, records in files.items():
         pairs += [f"{record['query']} {record['document']}" for record in records]
         responses += [record.get("response", "") for record in records]
         if answer_format == "answer-first":
@@ -448,6 +496,7 @@ def make(out, answer_format="reason-first", num_steps=3, error=None, form=FORMS[
         lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         (out / f"{name}.jsonl").write_text(lines, encoding="utf-8")
     frame = [criteria.split("---\n", 2)[2], "system user assistant query document -1 0 1 2 3"]
+    frame += [NO_EFFECT] * varied
     tokenizer = make_tokenizer([*frame, *pairs, *responses])
     tokenizer.save_pretrained(out / "model")
     make_config(tokenizer, **SHAPE).save_pretrained(out / "model")
@@ -468,13 +517,14 @@ def main():
     often = "how often the annotator misses a rule (default: by rule, 0.7 to 0.85)"
     parser.add_argument("--error", type=float, help=often)
     parser.add_argument("--form", choices=FORMS, default=FORMS[0], help="of the steps")
+    parser.add_argument("--varied", action="store_true", help="each rule on or off, by pair")
     args = parser.parse_args()
     if args.error is not None and not 0 <= args.error <= 1:
         parser.error("--error is a share, from 0 to 1")
-    if args.form != FORMS[0] and args.steps < 3:
-        parser.error("--form initial-calibrated-final needs special cases: three or more --steps")
-    options = args.format, args.steps, args.error, args.form
-    if args.out.resolve() == here.resolve() and options != (formats[0], 3, None, FORMS[0]):
+    if (args.varied or args.form != FORMS[0]) and args.steps < 3:
+        parser.error("special cases, for --form and --varied, need three or more --steps")
+    options = args.format, args.steps, args.error, args.form, args.varied
+    if args.out.resolve() == here.resolve() and options != (formats[0], 3, None, FORMS[0], False):
         parser.error("other options make another task: name its folder with --out")
     make(args.out, *options)
 
