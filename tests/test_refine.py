@@ -5,7 +5,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from conftest import NOTES
+from conftest import NOTES, ROOT
 from test_data import load
 
 import grm
@@ -23,6 +23,7 @@ CANDIDATES = {"right": "p r d e", "overfit": "p q d e", "wrong": "p q r s", "sli
 def refine(tmp_path, monkeypatch, capsys):
     """A function that runs docs/refine.py with a model that says yes where its criteria name the document; returns the exit
     code, what was printed, what the last line says, and the accepted text."""
+    monkeypatch.syspath_prepend(ROOT / "docs")
     module = load("refine", "docs")
     for folder in ("task", "drafts"):
         (tmp_path / folder).mkdir()
@@ -37,7 +38,7 @@ def refine(tmp_path, monkeypatch, capsys):
         return [{"label": y[1], "steps": [{"label": label} for label in y]} for y in said]
 
     monkeypatch.setattr(grm, "load_judge", lambda *_: (SimpleNamespace(task=task), SimpleNamespace(model="m")))
-    monkeypatch.setattr(grm, "check_records", lambda *_: None)
+    monkeypatch.setattr(module.score, "check_records", lambda *_: None)
     monkeypatch.setattr(grm, "judge", judge)
 
     def run(*names, cases="wp xr yp yq zs", replay=100, **flags):
