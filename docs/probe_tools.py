@@ -146,6 +146,6 @@ def draw(result, path):
     right.set(xlim=(0, 1), ylim=(0, 1.05), ylabel="share of right labels")
     right.set_title("The document slid through neutral filler")
     right.set_xlabel("position: the document's midpoint by the text's length")
-    right.legend()
+    right.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)
     figure.suptitle(f"{result['model']}, {result['pairs']} pairs")
     figure.savefig(path, dpi=110)
