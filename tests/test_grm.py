@@ -957,7 +957,10 @@ def lines(path):
 @pytest.fixture
 def score(tmp_path, trained, monkeypatch):
     """A function that runs `score` on in.jsonl, seven pairs, into out.jsonl, with Ctrl-C behind so many batches."""
-    pairs = [{**pair, "id": i, "where": "own"} for i, pair in enumerate(notes_files()[1]["test_longtail"][:7])]
+    pairs = [
+        {**pair, "id": i, "where": "own", "criteria": "criteria.md"}
+        for i, pair in enumerate(notes_files()[1]["test_longtail"][:7])
+    ]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     settings = {"model": trained, "task": NOTES, "pairs": tmp_path / "in.jsonl", "out": tmp_path / "out.jsonl"}
     settings |= {"batch_size": 2, "max_new_tokens": 3}
@@ -1008,7 +1011,7 @@ def test_score_refuses_to_mix_or_overwrite(score, tmp_path):
         (pairs, before, {"max_new_tokens": 4}, "--max_new_tokens 3"),
         (pairs.replace(b'"document": "', b'"document": "my ', 1), before, {}, "other pairs"),
         (b"".join(pairs.splitlines(keepends=True)[:3]), before, {}, "other pairs"),
-        (pairs.replace(b'"query":', b'"criteria": "criteria.md", "query":', 1), before, {}, "other pairs"),
+        (pairs.replace(b', "criteria": "criteria.md"', b"", 1), before, {}, "other pairs"),
         (pairs, before.replace(b'"grade"', b'"grade', 1), {}, "other pairs"),
     ):
         path.write_bytes(its_pairs)
