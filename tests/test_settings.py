@@ -73,6 +73,7 @@ def run(monkeypatch, module, out, settings):
     monkeypatch.setattr(grm.Renderer, "parse", parse)
     monkeypatch.setattr(rollout, "sample", noisy)
     monkeypatch.setattr(train, "draw_curves", lambda out: None)
+    monkeypatch.setattr(train, "chances", lambda *args: {})
     monkeypatch.setattr(module, "evaluate", lambda *args: {})
     monkeypatch.setattr(rollout, "check_model", lambda *args: None)
     monkeypatch.setattr("sys.argv", ["x.py", f"--out={out}", *(f"--{name}={value}" for name, value in settings.items())])
