@@ -15,7 +15,6 @@ from matplotlib.figure import Figure
 from transformers import AutoConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import distill
 import grm
 

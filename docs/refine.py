@@ -13,9 +13,8 @@ of the replayed pairs' accuracy, the one with the most right in the first half i
 if it gets more right in each half than the present criteria. Neither choice nor writer has seen the
 second half. The last line is JSON; exit code 0: accepted, and copied to --out; 1: not.
 
-AFRL (arXiv 2602.10006) names automated instruction refinement; its procedure is not public. This is
-ours: the gate is SEEK's (new cases improve, replayed ones lose at most 0.002), acceptance on held-
-out examples GEPA's. A model heeds its criteria only if they differed while it learnt.
+AFRL (arXiv 2602.10006) names instruction refinement; its procedure is not public: this is ours,
+with SEEK's gate and GEPA's held-out acceptance. A model heeds its criteria if it learnt to.
 """
 
 import argparse
@@ -26,11 +25,10 @@ from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 
+import score
 from transformers.utils import logging as hf_logging
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import score
-
 import grm
 import parallel
 import rollout
