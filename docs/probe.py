@@ -123,6 +123,9 @@ def main():
     add("--lengths", type=int, nargs="+", default=[48, 80, 160], help="of texts, in tokens")
     args = parser.parse_args()
     hf_logging.disable_progress_bar()
+    sentences = args.filler.read_text().splitlines() if args.filler else FILLER.split("|")
+    if args.limit < 1 or not all(sentences) or not sentences:
+        raise grm.TaskError("--limit must be at least 1, and every line of --filler a sentence")
     task = grm.Task.load(args.task or args.model)
     records = task.read(args.pairs, required=())
     spread = np.linspace(0, len(records) - 1, min(args.limit, len(records)))
@@ -133,15 +136,14 @@ def main():
         record["right"] = record["label"] if is_comparable else before["label"]
         record["before"] = before
         record.setdefault("query_id", i)
-    sentences = args.filler.read_text().splitlines() if args.filler else FILLER.split("|")
     texts = edit_all(records, task, tokenizer, sentences, args.lengths)
     rows = {name: probe(judge, tokenizer, room, records, x) for name, x in texts.items()}
     quality = float(np.mean([record["right"] == record["before"]["label"] for record in records]))
     result = {"model": args.model, "pairs": len(records), "quality": quality, "probes": rows}
+    tools.print_table(result)
     args.out.mkdir(parents=True, exist_ok=True)
     parallel.write_json(args.out / "probe.json", result)
     tools.draw(result, args.out / "probe.png")
-    tools.print_table(result)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ import fresh
 from from_csv import write_lines
 
 import grm
+import parallel
 
 TABLE = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text())
 KINDS = TABLE["kinds"]
@@ -147,11 +148,11 @@ def make_pairs(titles, queries, rng):
 def main():
     """Write the task; print how many of RL's pairs have which grade, by what was done."""
     source, out = map(Path, sys.argv[1:3])
+    judged, test = chorus.read_source(source)
     out.mkdir(parents=True, exist_ok=True)
     names = (TABLE["labels"], TABLE["relevant"], ["kind", *RULES])
     task = grm.Task(out, TABLE["criteria"].strip(), *names, "reason-first")
     task.save(out)
-    judged, test = chorus.read_source(source)
     write_lines(out / "test_human.jsonl", test, ("query", "document", "label", "query_id"))
     write_lines(out / "unlabelled.jsonl", judged, ("query", "document"))
     titles = sorted({pair["document"] for pair in judged if kind_of(pair["document"])})
@@ -174,4 +175,6 @@ def main():
 
 
 if __name__ == "__main__":
-    main() if len(sys.argv) == 3 else sys.exit(__doc__)
+    if len(sys.argv) != 3:
+        sys.exit(__doc__)
+    parallel.launch(main, errors=(grm.TaskError,))
