@@ -189,9 +189,8 @@ class Task:
         with_id = [record for record in records if "query_id" in record]
         without = [record for record in records if "query_id" not in record]
         if with_id and without:
-            problems["no query_id, which other pairs have: give it to all or none"] = without[
-                0
-            ].where
+            missing = "no query_id, which other pairs have: give it to all or none"
+            problems[missing] = without[0].where
         if not records and not problems:
             problems["holds no pairs"] = path
         if problems:
