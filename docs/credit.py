@@ -14,6 +14,7 @@ paired by seed. Writes docs/credit.png, and prints what docs/results.md shows.
 import argparse
 import json
 import os
+import random
 import subprocess
 import sys
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
@@ -21,6 +22,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import torch
+
+# Python puts only this script's own folder on the path.
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+import grm
+import sam
 
 ROOT = Path(__file__).resolve().parent.parent
 LINES = ROOT / "docs" / "credit.jsonl"
@@ -80,8 +87,6 @@ def run_all(jobs, calls):
 
 def train_normalised(rule, argv):
     """train.py under rule none or symmetric, with the denominator of rule sam."""
-    sys.path.insert(0, str(ROOT))
-    import sam
     import train
 
     stepwise_credit = sam.stepwise_credit
@@ -219,6 +224,47 @@ def print_table(lines):
                         task, rule, other, *of_both, n
                     )
                 )
+
+
+def explain(model, pairs, targets, rule, group_size=8):
+    """Three answers with the credit of their steps under a rule, the last a wrong one, as text.
+
+    model: a folder. targets: what the steps of each pair are compared with. The pairs are drawn. An
+    answer is the first of its group, whose rewards must differ: else there is no credit to show.
+    """
+    renderer, engine = grm.load_judge(model)
+    drawn = [*zip(pairs, targets, strict=True)]
+    random.Random(0).shuffle(drawn)
+    none = [0] * len(renderer.task.boxes)  # what a malformed answer has
+    texts = []
+    wanted = [1.0, 1.0, 0.0]  # rewards
+    for pair, labels in drawn:
+        if not wanted:
+            break
+        sampled = engine.sample(renderer.prompts([pair]), group_size=group_size)
+        answers = sampled.answers[0]
+        traces = [renderer.parse(answer) for answer in answers]
+        rewards_PG = torch.tensor([[grm.reward(trace, pair["label"]) for trace in traces]])
+        advantages_PG = sam.group_advantages(rewards_PG)
+        if rewards_PG[0, 0] != wanted[0] or not advantages_PG.any() or not traces[0].steps:
+            continue
+        wanted.pop(0)
+        ends = [[step.end for step in trace.steps] or none for trace in traces]
+        right = [grm.step_verdicts(trace, labels) or none for trace in traces]
+        credit_A = sam.stepwise_credit(
+            advantages_PG.flatten(),
+            torch.tensor(ends),
+            torch.tensor(right).bool(),
+            sampled.lengths_N.cpu(),
+            rule,
+        )
+        texts.append(f"{pair['query']} | {pair['document']} | human label {pair['label']}")
+        for step, label in zip(traces[0].steps, labels, strict=True):
+            text = renderer.decode(answers[0][step.start : step.end]).strip()
+            credit = float(credit_A[step.end - 1]) + 0.0  # no "-0.00"
+            texts.append(f"{credit:+8.2f}  {text}  (beside {label})")
+        texts.append("")
+    return "\n".join(texts)
 
 
 def draw(lines, path):

@@ -19,7 +19,6 @@ training queries held out in place of the test queries, which no choice has seen
 import argparse
 import json
 import os
-import random
 import shutil
 import subprocess
 import sys
@@ -29,7 +28,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from credit import ROOT, run, run_all
+from credit import ROOT, explain, run, run_all
 from sentence_transformers import CrossEncoder
 from transformers.utils import logging as hf_logging
 
@@ -38,8 +37,6 @@ sys.path.extend([str(ROOT), str(ROOT / "data")])
 import chorus
 
 import grm
-import rollout
-import sam
 
 FORMS = ("label", "reason")
 # Of a CPU with 16 GB, or of nine runs on a GPU with 80.
@@ -263,56 +260,6 @@ def read_all(out, form, name, stage):
     return results
 
 
-def explain(model, folder, group_size=8):
-    """Three answers to test pairs with the credit of their steps, the last a wrong one, as text.
-
-    The pairs are drawn. An answer is the first of its group, whose rewards must differ: else there
-    is no credit to show.
-    """
-    renderer, engine = grm.load_judge(model, None)
-    task = renderer.task
-    none = [0] * len(task.boxes)  # what a malformed answer has
-    train_pairs = task.read(folder / "train.jsonl")
-    pairs = task.read(folder / "test.jsonl")
-    random.Random(0).shuffle(pairs)
-    texts = []
-    wanted = [1.0, 1.0, 0.0]  # rewards
-    for pair, labels in zip(pairs, chorus.label_steps(pairs, train_pairs), strict=True):
-        if not wanted:
-            break
-        prompts = renderer.prompts([pair])
-        sampled = rollout.sample(
-            engine.model,
-            prompts,
-            group_size=group_size,
-            max_new_tokens=engine.max_new_tokens,
-            eos_id=renderer.eos_id,
-        )
-        answers = sampled.answers[0]
-        traces = [renderer.parse(answer) for answer in answers]
-        rewards_PG = torch.tensor([[grm.reward(trace, pair["label"]) for trace in traces]])
-        advantages_PG = sam.group_advantages(rewards_PG)
-        if rewards_PG[0, 0] != wanted[0] or not advantages_PG.any():
-            continue
-        wanted.pop(0)
-        ends = [[step.end for step in trace.steps] or none for trace in traces]
-        right = [grm.step_verdicts(trace, labels) or none for trace in traces]
-        credit_A = sam.stepwise_credit(
-            advantages_PG.flatten(),
-            torch.tensor(ends),
-            torch.tensor(right).bool(),
-            sampled.lengths_N.cpu(),
-            "symmetric",
-        )
-        texts.append(f"{pair['query']} | {pair['document']} | human label {pair['label']}")
-        for step, label in zip(traces[0].steps, labels, strict=True):
-            text = renderer.decode(answers[0][step.start : step.end]).strip()
-            credit = float(credit_A[step.end - 1]) + 0.0  # no "-0.00"
-            texts.append(f"{credit:+8.2f}  {text}  (step label {label})")
-        texts.append("")
-    return "\n".join(texts)
-
-
 def table_of_choices(out):
     """The table of what `choose` tried, as Markdown: metrics on the held-out training queries."""
     tried = [("label", f"SFT, {name}", "sft") for name in SFT_CHOICES]
@@ -357,7 +304,11 @@ def main():
     (out / "real.md").write_text(text, encoding="utf-8")
     print(text)
     if (model := folder_of(out, "reason", 0, EXPLAINED) / "model").exists():
-        (out / "samples.md").write_text(explain(model, tasks["reason"]), encoding="utf-8")
+        task = grm.Task.load(tasks["reason"])
+        pairs = task.read(task.folder / "test.jsonl")
+        targets = chorus.label_steps(pairs, task.read(task.folder / "train.jsonl"))
+        text = explain(model, pairs, targets, "symmetric")
+        (out / "samples.md").write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,20 +1,17 @@
 """A task from product titles and a table of rules: queries, edited titles, exact step labels.
 
-    python docs/synthesize.py PATH_TO_CHORUS data/shop      # then: train.py --task data/shop
+    python docs/synthesize.py TITLES.jsonl data/shop        # then: train.py --task data/shop
 
-AFRL (arXiv 2602.10006) names the synthesis of structured data from criteria; its procedure is not
-public, and this one is ours. docs/synthesize.yaml says what kinds of things there are, how people
-ask for them, and what each rule costs. A query is made from a title: its kind, and some of what
-else it says. Its documents are that title, as it is and with minimal edits (another brand, number
-or colour; a value left out; "case for ..."), and real titles of the same and of other kinds. Table
-and patterns give each step's label exactly.
-
+TITLES.jsonl: lines with "document", a title. AFRL (arXiv 2602.10006) names the synthesis of data
+from criteria; its procedure is not public, and this one is ours. docs/synthesize.yaml (of
+electronics: write your own) says which kinds of things there are, how people ask for them, and what
+each rule costs. A query is made from a title: its kind, and some of what else it says. Its
+documents are that title, as it is and with minimal edits, and titles of the same and other kinds.
 The demonstrations are of an annotator who states the facts and overlooks each rule half of the
-time. They are of other titles than RL's pairs, and the tests of others again. PATH_TO_CHORUS (see
-data/chorus.py) holds train.jsonl, of which only the titles are taken, and the human-labelled
-test.jsonl, which is written as test_human.jsonl.
+time; they, RL's pairs and the test have different titles.
 """
 
+import json
 import random
 import re
 import sys
@@ -25,7 +22,6 @@ from pathlib import Path
 import yaml
 
 sys.path.extend(str(Path(__file__).resolve().parents[1] / name) for name in ("", "data"))
-import chorus
 import fresh
 from from_csv import write_lines
 
@@ -33,37 +29,26 @@ import grm
 import parallel
 
 TABLE = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text())
-KINDS = TABLE["kinds"]
-RULES = TABLE["rules"]
-PARTS = TABLE["parts"]
+KINDS, PARTS, RULES = TABLE["kinds"], TABLE["parts"], TABLE["rules"]
 SHAPE = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4}  # 2.6 M parameters
-SETTINGS = {"sft_steps": 1500, "sft_lr": 1.5e-3, "rl_steps": 150, "lr": 2e-4, "eval_every": 0}
+SETTINGS = {"sft_steps": 1500, "sft_lr": 1.5e-3, "rl_steps": 100, "lr": 2e-4, "eval_every": 0}
 
 
 @cache
 def kind_of(title):
     """What a title offers; its first sentence counts before the rest. None: not in the table."""
     title = title.lower()
-    for part in PARTS:
-        if title.startswith(f"{part} for "):
-            return part
-    for text in (title.split(". ")[0], title):
-        for kind, names in KINDS.items():
-            if re.search(names["title"], text):
-                return kind
-    return None
+    part = title.split(" for ")[0]
+    if part in PARTS:
+        return part
+    texts = (title.split(". ")[0], title)
+    found = (kind for text in texts for kind in KINDS if re.search(KINDS[kind]["title"], text))
+    return next(found, None)
 
 
 def values_of(title, rule):
-    """What a title says of a rule, in lower case. Titles begin with the brand."""
-    if rule == "brand":
-        return [title.lower().split(" for ")[-1].split()[0]]
+    """What a title says of a rule, in lower case."""
     return re.findall(RULES[rule]["pattern"], title.lower())
-
-
-def unit(value):
-    """A value without its number: centimetres do not contradict gigabytes."""
-    return re.sub(r"[\d. ]", "", value)
 
 
 def judge(asked, title, heeds=lambda rule: True):
@@ -76,8 +61,9 @@ def judge(asked, title, heeds=lambda rule: True):
         text = "any"
         if value := asked.get(rule):
             said = values_of(title, rule)
-            if rule == "size":
-                said = [other for other in said if unit(other) == unit(value)]
+            if rule == "size":  # centimetres do not contradict gigabytes
+                units = [re.sub(r"[\d. ]", "", x) for x in (value, *said)]
+                said = [x for x, unit in zip(said, units[1:], strict=True) if unit == units[0]]
             found = value if value in said else [*said, "none"][0]
             fact = {value: "same", "none": "silent"}.get(found, "other")
             text = f"{value}, {found}, {fact}"
@@ -91,10 +77,8 @@ def edit(title, rule, value, rng):
     """The title with another value in the place of this one, or with none."""
     others = RULES[rule].get("values")
     if not others:
-        number = float(re.search(r"\d+(\.\d+)?", value)[0])
-        others = [
-            re.sub(r"[\d.]+", f"{factor * number:g}", value, count=1) for factor in (0.5, 2, 3)
-        ]
+        number = re.search(r"\d+(\.\d+)?", value)[0]
+        others = [value.replace(number, f"{x * float(number):g}", 1) for x in (0.5, 2, 3)]
     others = [other for other in others if other != value] + [""] * (rule != "brand")
     return re.sub(rf"(?<!\w){re.escape(value)}(?!\w)", rng.choice(others), title, flags=re.I)
 
@@ -119,15 +103,16 @@ def documents(asked, query, title, titles, rng):
         edited = edit(edited, rule, asked[rule], rng)
     if len(asked) > 2:
         yield "all that is asked", edited
-    rule = rng.choice(sorted(RULES.keys() - asked.keys()))
-    for value in values_of(title, rule)[:1]:
-        yield f"{rule}, not asked", edit(title, rule, value, rng)
+    rest = {rule: values_of(title, rule) for rule in RULES if rule not in asked}
+    for rule in rng.sample([rule for rule in rest if rest[rule]], any(rest.values())):
+        yield f"{rule}, not asked", edit(title, rule, rest[rule][0], rng)
     same = [other for other in titles if kind_of(other) == asked["kind"]]
     others = [other for other in titles if kind_of(other) != asked["kind"]]
     alike = [other for other in others if set(query.split()) & set(other.lower().split())]
     yield "same kind", rng.choice(same)
-    yield "another kind", rng.choice(others)
-    yield "another kind, same words", rng.choice(alike or others)
+    for _ in range(2):  # or the asked kind would be told by the document
+        yield "another kind", rng.choice(others)
+        yield "another kind, same words", rng.choice(alike or others)
 
 
 def make_pairs(titles, queries, rng):
@@ -141,35 +126,38 @@ def make_pairs(titles, queries, rng):
             told = judge(asked, document, heeds=lambda rule: rng.random() < 0.5)
             response = " ".join(f"{text} \\boxed{{{grade}}}" for text, grade in told)
             record = {"query": query, "document": document, "label": grades[-1], "done": done}
-            records.append(record | {"step_labels": grades, "response": response})
+            record |= {"step_labels": grades, "response": response, "query_id": str(number)}
+            records.append(record)
     return records
 
 
 def main():
     """Write the task; print how many of RL's pairs have which grade, by what was done."""
-    source, out = map(Path, sys.argv[1:3])
-    judged, test = chorus.read_source(source)
+    source, out = map(Path, sys.argv[1:])
+    documents = {json.loads(line)["document"] for line in grm.read_lines(source) if line.strip()}
+    titles = sorted(title for title in documents if kind_of(title))
+    if len(titles) < 100:
+        raise grm.TaskError(f"{source}: the table knows the kinds of {len(titles)} titles")
     out.mkdir(parents=True, exist_ok=True)
     names = (TABLE["labels"], TABLE["relevant"], ["kind", *RULES])
     task = grm.Task(out, TABLE["criteria"].strip(), *names, "reason-first")
     task.save(out)
-    write_lines(out / "test_human.jsonl", test, ("query", "document", "label", "query_id"))
-    write_lines(out / "unlabelled.jsonl", judged, ("query", "document"))
-    titles = sorted({pair["document"] for pair in judged if kind_of(pair["document"])})
     rng = random.Random(0)
     rng.shuffle(titles)
     fifth = len(titles) // 5
-    sft = make_pairs(titles[: 2 * fifth], 4000, rng)  # fewer: facts are made up, not copied
-    train = make_pairs(titles[3 * fifth :], 1500, rng)
+    sft = make_pairs(titles[: 2 * fifth], 3000, rng)  # fewer: facts are made up, not copied
+    train = make_pairs(titles[3 * fifth :], 1200, rng)
     test = make_pairs(titles[2 * fifth : 3 * fifth], 60, rng)
-    fields = ("query", "document", "label", "step_labels", "done")
+    fields = ("query", "document", "label", "step_labels", "query_id", "done")
     write_lines(out / "sft.jsonl", sft, ("query", "document", "response"))
     write_lines(out / "train.jsonl", train, fields)
     write_lines(out / "test_titles.jsonl", test, fields)
     tokenizer = fresh.make_tokenizer(task, sft)
     fresh.write(out, tokenizer, fresh.fit_settings(task, tokenizer, sft) | SETTINGS, **SHAPE)
     counts = Counter((pair["done"], pair["label"]) for pair in train)
-    print(f"{len(titles)} titles of {len(KINDS)} kinds; RL's pairs by grade:", *task.labels)
+    kinds = len({kind_of(title) for title in titles})
+    print(f"{len(titles)} of {len(documents)} titles, of {kinds} kinds; RL's pairs, by grade:")
+    print(" " * 24 + "".join(f"{label:>7}" for label in task.labels))
     for done in sorted({pair["done"] for pair in train}):
         print(f"{done:24}" + "".join(f"{counts[done, label]:7}" for label in task.labels))
 

@@ -390,13 +390,13 @@ def test_samples_with_credit(source, tmp_path, monkeypatch):
     real.chorus.make(source, tmp_path / "task", form="reason")
     task, (_, tokenizer) = grm.Task.load(tmp_path / "task"), grm.load_model(tmp_path / "task" / "model", meta=True)
     renderer = grm.Renderer(task, tokenizer, 1024, 56)
-    monkeypatch.setattr(grm, "load_judge", lambda *_: (renderer, SimpleNamespace(model=None, max_new_tokens=56)))
+    monkeypatch.setattr(grm, "load_judge", lambda *_: (renderer, SimpleNamespace(sample=sample)))
     pairs = task.read(task.folder / "test.jsonl")
     labels = real.chorus.label_steps(pairs, task.read(task.folder / "train.jsonl"))
     # Whether an answer ends at another grade than the human one; 2: it is malformed.
     groups = iter([[0, 0], [0, 1], [0, 2], [0, 1], [1, 0]])
 
-    def sample(model, prompts, **_):
+    def sample(prompts, **_):
         pair = next(pair for pair in pairs if renderer.prompts([pair]) == prompts)
         first, second, last = labels[pairs.index(pair)]
         ends = [last, str(3 - int(last)), "none"]
@@ -404,15 +404,14 @@ def test_samples_with_credit(source, tmp_path, monkeypatch):
         answers = [renderer.encode_response(text) for text in texts]
         return SimpleNamespace(answers=[answers], lengths_N=torch.tensor([*map(len, answers)]))
 
-    monkeypatch.setattr(real.rollout, "sample", sample)
-    samples = real.explain("model", task.folder, group_size=2).strip().split("\n\n")
+    samples = real.explain("model", pairs, labels, "symmetric", group_size=2).strip().split("\n\n")
     assert len(set(samples)) == 3
     for text, credits in zip(samples, (["+0.71"] * 3, ["+0.71"] * 3, ["+0.00", "+0.00", "-0.71"]), strict=True):
         head, *steps = text.splitlines()
         gold, is_right = head[-1], credits[2] == "+0.71"
         assert [step.split()[0] for step in steps] == credits
         assert [step.split()[1] for step in steps] == ["words:", "kind:", "grade:"]
-        assert (f"boxed{{{gold}}}" in steps[2]) == is_right and f"(step label {gold})" in steps[2]
+        assert (f"boxed{{{gold}}}" in steps[2]) == is_right and f"(beside {gold})" in steps[2]
 
 
 TITLES = [
@@ -436,11 +435,10 @@ def test_synthesized_labels_are_exact(source, tmp_path, monkeypatch, capsys):
         assert [str(grade) for _, grade in make.judge(asked, title)] == grades, title
     text, grade = make.judge(asked, TITLES[2][0], heeds=lambda rule: rule != "brand")[-3]
     assert (text, grade) == ("size: 15.6 cm, 17 cm, other", 2)
-    monkeypatch.setattr(sys, "argv", ["synthesize.py", str(source), str(tmp_path / "out")])
+    monkeypatch.setattr(sys, "argv", ["synthesize.py", str(source / "train.jsonl"), str(tmp_path / "out")])
     make.main()
     task = grm.Task.load(tmp_path / "out")
-    files = {name: lines(tmp_path / "out" / f"{name}.jsonl") for name in ("sft", "train", "test_titles", "test_human")}
-    assert files["test_human"] == [{**r, "label": str(r["label"])} for r in lines(source / "test.jsonl")]
+    files = {name: lines(tmp_path / "out" / f"{name}.jsonl") for name in ("sft", "train", "test_titles")}
     of_rule = {rule: 1 + k for k, rule in enumerate(make.RULES)}
     for pair in files["train"] + files["test_titles"]:
         grades = [int(label) for label in pair["step_labels"]]
