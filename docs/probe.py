@@ -124,8 +124,8 @@ def main():
     args = parser.parse_args()
     hf_logging.disable_progress_bar()
     sentences = args.filler.read_text().splitlines() if args.filler else FILLER.split("|")
-    if args.limit < 1 or not all(sentences) or not sentences:
-        raise grm.TaskError("--limit must be at least 1, and every line of --filler a sentence")
+    if min(args.limit, *args.lengths) < 1 or not all(sentences) or not sentences:
+        raise grm.TaskError("--limit, --lengths: from 1 on; each line of --filler: a sentence")
     task = grm.Task.load(args.task or args.model)
     records = task.read(args.pairs, required=())
     spread = np.linspace(0, len(records) - 1, min(args.limit, len(records)))

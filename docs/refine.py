@@ -7,12 +7,10 @@ FOLDER holds revised criteria, NAME.md, by any writer; with --writer a chat mode
 which errors recur: three or more pairs of the same gold label, answer and wrong step. Cases are
 pairs that the present criteria get wrong, replayed pairs those that must stay right; criteria that
 they name themselves are put aside. Printed is what flips, by grade and step, with examples.
-
 The queries of the cases are dealt into two halves. Of the candidates that lose at most --tolerance
 of the replayed pairs' accuracy, the one with the most right in the first half is chosen; accepted
 if it gets more right in each half than the present criteria. Neither choice nor writer has seen the
-second half. The last line is JSON; exit code 0: accepted, and copied to --out; 1: not.
-
+second half. The last line is JSON; exit code 0: accepted, and copied to --out; 3: none is.
 AFRL (arXiv 2602.10006) names instruction refinement; its procedure is not public: this is ours,
 with SEEK's gate and GEPA's held-out acceptance. A model heeds its criteria if it learnt to.
 """
@@ -106,6 +104,8 @@ def main():
     parser.add_argument("--tolerance", type=float, default=0.002, help="(default 0.002)")
     parser.add_argument("--writer", help="chat model that drafts four more candidates")
     args = parser.parse_args()
+    if not (args.candidates.is_dir() and args.out.resolve().parent.is_dir()):
+        raise grm.TaskError(f"{args.candidates} and the folder of {args.out} must be there")
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
     renderer, engine = grm.load_judge(args.model, args.task)
@@ -143,7 +143,7 @@ def main():
         shutil.copyfile(args.candidates / chosen, args.out)
     figures = {"accepted": accepted, "chosen": chosen, "present": present, "candidates": scores}
     print(json.dumps(figures))
-    sys.exit(not accepted)
+    sys.exit(0 if accepted else 3)
 
 
 if __name__ == "__main__":

@@ -80,7 +80,7 @@ def test_what_is_accepted(refine):
         ([], {}, None, False),
     ):
         code, out, last, text = refine(*names, **settings)
-        assert (code, last["accepted"], last["chosen"]) == (not accepted, accepted, chosen and f"{chosen}.md"), names
+        assert (code, last["accepted"], last["chosen"]) == (0 if accepted else 3, accepted, chosen and f"{chosen}.md"), names
         assert text == (f"{HEAD} {CANDIDATES[chosen]}" if accepted else None) and set(last["candidates"]) == {
             f"{x}.md" for x in names
         }
@@ -94,6 +94,8 @@ def test_what_is_accepted(refine):
     assert "  replay\n     1 broken, yes -> no where yes is right, step grade\n       k | e\n" in out
     with pytest.raises(grm.TaskError, match=r"cases.jsonl: needs two queries"):
         refine("right", cases="wp wq")
+    with pytest.raises(grm.TaskError, match=r"the folder of no/out.md must be there"):
+        refine("right", out="no/out.md")
 
 
 def test_a_draft_that_is_no_criteria(refine):
