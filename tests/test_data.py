@@ -458,3 +458,32 @@ def test_synthesized_labels_are_exact(source, tmp_path, monkeypatch, capsys):
     asked_for = [p for p, labels in zip(files["sft"], told, strict=True) if ", other" in p["response"] and labels[-1] == "3"]
     assert 0.2 < len(asked_for) / sum(", other" in p["response"] for p in files["sft"]) < 0.8
     assert "part for it" in capsys.readouterr().out
+
+
+def test_the_table_of_synthesised_pairs(tmp_path, monkeypatch, capsys):
+    """Differences of unpaired seeds; one test set's figures in the other's column; a row of runs that are not done."""
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    shop = load("shop", "docs")
+    table = {
+        "SFT": {0: 0.25, 1: 0.5},
+        shop.PLAIN: {0: 0.5, 1: 0.75, 2: 1.0},
+        "sam": {1: 0.5, 2: 1.0},
+        "human labels": {0: 0.75},
+    }
+    for name, of_seeds in table.items():
+        for seed, accuracy in of_seeds.items():
+            human = dict.fromkeys(("accuracy", "macro_f1", "kappa", "ndcg@10"), accuracy / 2)
+            tests = {"test_titles": {"accuracy": accuracy}, "test_human": human}
+            stage = {"SFT": "sft", "human labels": "student"}.get(name, "rl")
+            if stage != "student":
+                tests["test_titles"]["step_accuracy"] = {"a": accuracy, "b": 0.0}
+            folder = tmp_path / f"seed{seed}" / name
+            folder.mkdir(parents=True)
+            (folder / "summary.json").write_text(json.dumps({stage: tests, "before_rl": {"greedy": accuracy}}))
+    shop.print_table(tmp_path)
+    rows = {line.split("|")[1].strip(): line.split("|")[2:-1] for line in capsys.readouterr().out.splitlines() if "|" in line}
+    rows = {name: [cell.split()[0] for cell in cells] for name, cells in rows.items()}
+    assert rows["SFT"][:4] == ["2", "0.375", "0.188", "0.188"] and rows[shop.PLAIN][:4] == ["3", "0.750", "0.375", "0.375"]
+    assert rows["plain GRPO less SFT"][:4] == ["2", "+0.250", "+0.125", "+0.125"]
+    assert rows["sam less plain GRPO"][:2] == ["2", "-0.125"] and rows["sam less SFT"][:2] == ["1", "+0.000"]
+    assert rows["human labels"][:4] == ["1", "0.750", "-", "0.375"] and shop.CREDITED not in rows
