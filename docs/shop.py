@@ -2,7 +2,7 @@
 
     python docs/shop.py PATH_TO_CHORUS --out runs/shop --encoder models/minilm   # hours, two cores
     python docs/shop.py PATH_TO_CHORUS --out runs/smollm2 --seeds 0 --model models/smollm2 \\
-        --sft_steps 300 --sft_lr 1e-4 --rl_steps 60 --lr 1e-5       # a pretrained model, one GPU
+        --sft_steps 200 --sft_lr 1e-4 --rl_steps 40 --lr 1e-5 --max_new_tokens 96     # on a GPU
     python docs/shop.py PATH_TO_CHORUS --out runs/shop --seeds      # only the tables
 
 docs/synthesize.py makes the task: queries, edited titles and exact step labels from real product

@@ -5,10 +5,10 @@
 TITLES.jsonl: lines with "document", a title. AFRL (arXiv 2602.10006) names the synthesis of data
 from criteria; its procedure is not public, and this one is ours. docs/synthesize.yaml (of
 electronics: write your own) says which kinds of things there are, how people ask for them, and what
-each rule costs. A query is made from a title: its kind, and some of what else it says. Its
-documents are that title, as it is and with minimal edits, and titles of the same and other kinds.
-The demonstrations are of an annotator who states the facts and overlooks each rule half of the
-time; they, RL's pairs and the test have different titles.
+each rule costs. A query is made from a title: its kind, or another word, and some of what else it
+says. Its documents are that title, as it is and with minimal edits, and titles of the same and of
+other kinds. The demonstrations are of an annotator who states the facts and overlooks each rule
+half of the time; they, RL's pairs and the test have different titles.
 """
 
 import json
@@ -30,6 +30,7 @@ import parallel
 
 TABLE = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text())
 KINDS, PARTS, RULES = TABLE["kinds"], TABLE["parts"], TABLE["rules"]
+ASKED = {word for kind in KINDS.values() for name in kind["asked"] for word in name.split()}
 SHAPE = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4}  # 2.6 M parameters
 SETTINGS = {"sft_steps": 1500, "sft_lr": 1.5e-3, "rl_steps": 100, "lr": 2e-4, "eval_every": 0}
 
@@ -46,6 +47,13 @@ def kind_of(title):
     return next(found, None)
 
 
+def offered(title, kind):
+    """What a title offers to who asks for a kind, or for a name that the table does not have."""
+    words = title.lower().split()
+    is_part = " ".join(words).split(" for ")[0] in PARTS
+    return kind if kind not in KINDS and kind in words and not is_part else kind_of(title)
+
+
 def values_of(title, rule):
     """What a title says of a rule, in lower case."""
     return re.findall(RULES[rule]["pattern"], title.lower())
@@ -53,10 +61,10 @@ def values_of(title, rule):
 
 def judge(asked, title, heeds=lambda rule: True):
     """Steps, (text, grade so far), of a title for what is asked, {"kind": kind, rule: value}."""
-    offered = kind_of(title)
-    is_same = offered == asked["kind"]
+    thing = offered(title, asked["kind"])
+    is_same = thing == asked["kind"]
     grade = 3 if is_same or not heeds("kind") else 0
-    steps = [(f"kind: {asked['kind']}, {offered}, {'same' if is_same else 'another'}", grade)]
+    steps = [(f"kind: {asked['kind']}, {thing}, {'same' if is_same else 'another'}", grade)]
     for rule in RULES:
         text = "any"
         if value := asked.get(rule):
@@ -87,10 +95,15 @@ def ask(title, rng):
     """(what is asked, the query) of a title: its kind, and up to three things that it says."""
     said = {rule: values[0] for rule in RULES if (values := values_of(title, rule))}
     rules = rng.sample([*said], min(len(said), rng.choice((0, 0, 1, 1, 2, 2, 3))))
-    asked = {"kind": kind_of(title)} | {rule: said[rule] for rule in RULES if rule in rules}
-    words = [*asked.values()][1:]
-    words.insert(rng.randint(0, len(words)), rng.choice(KINDS[asked["kind"]]["asked"]))
-    return asked, " ".join(words)
+    kind = kind_of(title)
+    name = rng.choice(KINDS[kind]["asked"])
+    values = [said[rule] for rule in RULES if rule in rules]
+    others = re.findall(r"(?<!\S)[a-z]{4,}(?!\S)", title.lower())
+    if rng.random() < 0.25 and (names := sorted({*others} - {*values, "with", *ASKED})):
+        kind = name = rng.choice(names)
+    values.insert(rng.randint(0, len(values)), name)
+    asked = {"kind": kind} | {rule: said[rule] for rule in RULES if rule in rules}
+    return asked, " ".join(values)
 
 
 def documents(asked, query, title, titles, rng):
@@ -106,8 +119,8 @@ def documents(asked, query, title, titles, rng):
     rest = {rule: values_of(title, rule) for rule in RULES if rule not in asked}
     for rule in rng.sample([rule for rule in rest if rest[rule]], any(rest.values())):
         yield f"{rule}, not asked", edit(title, rule, rest[rule][0], rng)
-    same = [other for other in titles if kind_of(other) == asked["kind"]]
-    others = [other for other in titles if kind_of(other) != asked["kind"]]
+    same = [other for other in titles if offered(other, asked["kind"]) == asked["kind"]]
+    others = sorted({*titles} - {*same})
     alike = [other for other in others if set(query.split()) & set(other.lower().split())]
     yield "same kind", rng.choice(same)
     for _ in range(2):  # or the asked kind would be told by the document
