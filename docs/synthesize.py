@@ -116,14 +116,15 @@ def documents(asked, query, title, titles, rng):
         edited = edit(edited, rule, asked[rule], rng)
     if len(asked) > 2:
         yield "all that is asked", edited
-    rest = {rule: values_of(title, rule) for rule in RULES if rule not in asked}
-    for rule in rng.sample([rule for rule in rest if rest[rule]], any(rest.values())):
-        yield f"{rule}, not asked", edit(title, rule, rest[rule][0], rng)
+    rest = [(rule, value) for rule in RULES for value in values_of(title, rule)[:1]]
+    rest = [(rule, value) for rule, value in rest if rule not in asked and value != asked["kind"]]
+    for rule, value in rng.sample(rest, min(1, len(rest))):
+        yield f"{rule}, not asked", edit(title, rule, value, rng)
     same = [other for other in titles if offered(other, asked["kind"]) == asked["kind"]]
     others = sorted({*titles} - {*same})
     alike = [other for other in others if set(query.split()) & set(other.lower().split())]
     yield "same kind", rng.choice(same)
-    for _ in range(2):  # or the asked kind would be told by the document
+    for _ in range(2 if others else 0):  # few, and the document would tell the asked kind
         yield "another kind", rng.choice(others)
         yield "another kind, same words", rng.choice(alike or others)
 
