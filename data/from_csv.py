@@ -4,7 +4,8 @@
     python grm.py check TASK       # what is in it, and what looks wrong
     python train.py --task TASK    # without --fresh: and --model FOLDER_OR_HUB_NAME
 
-Writes criteria.md, to be filled in, and train.jsonl and test.jsonl, which have no query in common.
+Writes criteria.md, to be filled in, and train.jsonl and test.jsonl, which have no query in common
+(or --test FILE.csv is the test).
 The encoding (UTF-8, UTF-16, Windows-1252) and the delimiter are found out, 2.0 and 2,0 are read as
 2; what was read how, and what was skipped, is printed. A folder that holds files is left alone.
 
@@ -39,8 +40,6 @@ BODY = """You grade how well a document answers a query. (FILL IN: what these ar
 Work in two steps and close every step with a grade as \\boxed{{grade}}.
 Match: whether the document has all, some or none of the query's words; the grade that these alone would give.
 Verdict: the grade by the rules above, which is the answer."""  # noqa: E501 (a line of the criteria is a line of the file)
-# The first step says what words alone give: rule sam would pull it to the pair's label.
-SETTINGS = {"rule": "none"}
 MOST_LABELS = 20
 
 
@@ -155,9 +154,6 @@ def name_labels(path, records, asked):
 
 def split(path, records, share, seed):
     """(train, test): a share of the queries, drawn, is the test's. Raises grm.TaskError."""
-    for record in records:
-        query = " ".join(record["query"].split()).lower()
-        record["query_id"] = tidy_number(record.get("query_id", query))
     queries = sorted({record["query_id"] for record in records})
     if len(queries) < 2 or not 0 < share < 1:
         what = "a test needs two or more queries, and a --test_share of them between 0 and 1"
@@ -182,25 +178,31 @@ def convert(args):
     columns = {name: getattr(args, name) for name in ("query", "document", "label", "query_id")}
     columns = {field: name for field, name in columns.items() if name}
     records = read_table(args.file, columns)
-    labels = name_labels(args.file, records, args.labels)
+    given = read_table(args.test, columns) if args.test else []
+    labels = name_labels(args.file, records + given, args.labels)
+    for record in records + given:
+        query = " ".join(record["query"].split()).lower()
+        record["query_id"] = tidy_number(record.get("query_id", query))
     relevant = args.relevant or labels[(len(labels) + 1) // 2 :]
     meanings = "\n".join(f"{label}: (FILL IN: when a pair gets this)" for label in labels[::-1])
     task = grm.Task(out, BODY.format(meanings=meanings), labels, relevant, STEPS, "reason-first")
     if problem := task._problem():
         raise grm.TaskError(f"{args.file}: {problem}")
-    train, test = split(args.file, records, args.test_share, args.seed)
+    train, test = records, given
+    if not given:
+        train, test = split(args.file, records, args.test_share, args.seed)
     if args.fresh:
         demonstrations = fresh.demonstrate(task, train)
         tokenizer = fresh.make_tokenizer(task, demonstrations)
         try:
-            settings = fresh.fit_settings(task, tokenizer, demonstrations) | SETTINGS
+            settings = fresh.fit_settings(task, tokenizer, demonstrations)
         except grm.TaskError as error:  # of labels that begin alike
             raise grm.TaskError(f"{error}; rename labels in {args.file}") from None
 
     out.mkdir(parents=True, exist_ok=True)
     task.save(out)
     fields = ["query", "document", "label"]
-    if args.query_id or len({r["query_id"] for r in records}) < len(records):
+    if args.query_id or len({r["query_id"] for r in train}) < len(train):
         fields.append("query_id")  # for nDCG; not where each query has one document
     write_lines(out / "train.jsonl", train, fields)
     write_lines(out / "test.jsonl", test, fields)
@@ -228,6 +230,7 @@ def main():
     parser.add_argument("--query_id", metavar="COL", help="what is one query (default: its text)")
     parser.add_argument("--labels", nargs="+", help="worst to best (default: numbers ascending)")
     parser.add_argument("--relevant", nargs="+", help="labels (default: the upper half)")
+    parser.add_argument("--test", type=Path, metavar="FILE.csv", help="the test's pairs, if apart")
     parser.add_argument("--test_share", type=float, default=0.2, help="of the queries (0.2)")
     parser.add_argument("--seed", type=int, default=0, help="draws the test's queries")
     parser.add_argument(

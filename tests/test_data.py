@@ -167,6 +167,17 @@ def test_csv_query_id(tmp_path, monkeypatch):
     assert splits[0] == splits[1] and any(split != splits[0] for split in splits)
 
 
+def test_csv_with_a_test_of_its_own(tmp_path, monkeypatch):
+    """Pairs of the test's file in train.jsonl, or the other way; its labels read as others than the first file's."""
+    first = write_table(tmp_path / "a.csv", TABLE[:13])
+    last = write_table(tmp_path / "b.csv", [TABLE[0], *TABLE[13:]], mark=";")
+    from_csv(monkeypatch, first, *COLUMNS, "--test", last, "--out", tmp_path / "task")
+    for name, rows in (("train", TABLE[1:13]), ("test", TABLE[13:])):
+        read = [(r["query"], r["document"]) for r in lines(tmp_path / "task" / f"{name}.jsonl")]
+        assert read == [(row[0].strip(), row[2]) for row in rows]
+    assert grm.Task.load(tmp_path / "task").labels == ["0", "1", "2"]
+
+
 def test_csv_labels_that_are_words(tmp_path, monkeypatch, capsys):
     """An order that is the alphabet's or the file's; Ja as a label beside ja; a label of the table that is lost."""
     words = ["nein", "teilweise", "ja"]
