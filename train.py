@@ -75,7 +75,7 @@ class Config:
     group_size: int = setting(8, "answers sampled for each prompt")
     temperature: float = setting(1.0, "sampling temperature; the trainer's is the same")
     rule: Literal["auto", "none", "sam", "symmetric"] = setting(
-        "auto", "of credit (sam.py); auto: symmetric with step_labels, else sam; answer-first: none"
+        "auto", "of credit (sam.py); auto: symmetric where all pairs have step_labels, else none"
     )
     step_targets: Literal["change", "labels"] = setting(
         "change", "of symmetric: a right step moves the grade as, or says, its step_label"
@@ -152,11 +152,9 @@ def load_data(config, task, renderer):
 def chosen_rule(rule, pairs, task):
     """The setting `rule`, or what auto comes to. Raises grm.TaskError for one that lacks labels."""
     unlabelled = [pair for pair in pairs if "step_labels" not in pair]
-    is_answer_first = task.format == "answer-first"
     if rule == "auto":
-        without = "none" if is_answer_first else "sam"
-        return without if unlabelled else "symmetric"
-    if rule == "sam" and is_answer_first:
+        return "none" if unlabelled else "symmetric"
+    if rule == "sam" and task.format == "answer-first":
         raise grm.TaskError("--rule sam: is for answers whose last box is the label; use none")
     if rule == "symmetric" and unlabelled:
         raise grm.TaskError(f"{unlabelled[0].where}: no step_labels; use --rule sam, or none")

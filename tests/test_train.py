@@ -165,9 +165,9 @@ def test_what_is_logged_of_steps():
 
 @pytest.mark.parametrize(("change", "rule", "came_to"), [
     (unchanged, "auto", "symmetric"),
-    (one_unlabelled, "auto", "sam"),
+    (one_unlabelled, "auto", "none"),
+    (one_unlabelled, "sam", "sam"),
     (answer_first, "auto", "none"),
-    (one_unlabelled, "none", "none"),
 ])  # fmt: skip
 def test_rule_auto_and_rules_that_need_no_step_labels(task, tmp_path, monkeypatch, change, rule, came_to):
     """Another rule than the data allow, labels asked for that no rule reads; SAM's mean over fewer answers than the step's."""
