@@ -112,7 +112,7 @@ def main():
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="*", default=range(5))
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
-    parser.add_argument("--model", help="a pretrained one (none: 2.6 M parameters from nothing)")
+    parser.add_argument("--model", help="a pretrained one (none: 2.3 M parameters from nothing)")
     parser.add_argument("--encoder", help="the students' (none: no students)")
     args, settings = parser.parse_known_args()
     if not (args.out / "task" / "train.json").exists():  # is written last

@@ -31,7 +31,7 @@ import parallel
 TABLE = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text())
 KINDS, PARTS, RULES = TABLE["kinds"], TABLE["parts"], TABLE["rules"]
 ASKED = {word for kind in KINDS.values() for name in kind["asked"] for word in name.split()}
-SHAPE = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4}  # 2.6 M parameters
+SHAPE = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4}  # 2.3 M parameters
 SETTINGS = {"sft_steps": 1500, "sft_lr": 1.5e-3, "rl_steps": 100, "lr": 2e-4, "eval_every": 0}
 
 
