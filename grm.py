@@ -575,6 +575,17 @@ def step_changes(trace, targets, task):
     return [move == target for move, target in zip(moves, task.moves(targets), strict=False)]
 
 
+def right_steps(trace, record, task, rule, step_targets):
+    """Which steps of an answer to a record are right by a rule of sam.py, and for "symmetric" by
+    its targets, "change" or "labels"; [] if malformed.
+    """
+    if rule != "symmetric":
+        return step_verdicts(trace, [record["label"]] * len(task.boxes))
+    if step_targets == "labels":
+        return step_verdicts(trace, record["step_labels"])
+    return step_changes(trace, record["step_labels"], task)
+
+
 # Metrics ------------------------------------------------------------------------------------------
 
 

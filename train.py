@@ -327,12 +327,7 @@ def judge_steps(batch, traces, task, config, device):
     right = []
     for record, group in zip(batch, traces, strict=True):
         for trace in group:
-            if config.rule != "symmetric":
-                judged = grm.step_verdicts(trace, [record["label"]] * K)
-            elif config.step_targets == "labels":
-                judged = grm.step_verdicts(trace, record["step_labels"])
-            else:
-                judged = grm.step_changes(trace, record["step_labels"], task)
+            judged = grm.right_steps(trace, record, task, config.rule, config.step_targets)
             ends.append([step.end for step in trace.steps] or [0] * K)
             right.append(judged or [False] * K)
     return torch.tensor(ends, device=device), torch.tensor(right, device=device)

@@ -115,12 +115,13 @@ def main():
     parser.add_argument("--model", help="a pretrained one (none: 2.3 M parameters from nothing)")
     parser.add_argument("--encoder", help="the students' (none: no students)")
     args, settings = parser.parse_known_args()
-    if not (args.out / "task" / "train.json").exists():  # is written last
+    if not (args.out / "task" / "test_human.jsonl").exists():  # is written last
+        human, test_human = chorus.read_source(args.source)
         maker = [sys.executable, ROOT / "docs/synthesize.py", args.source / "train.jsonl"]
         subprocess.run([*maker, args.out / "task"], check=True)
-    for name, pairs in zip(("human", "test_human"), chorus.read_source(args.source), strict=True):
         fields = ("query", "document", "label", "query_id")
-        write_lines(args.out / "task" / f"{name}.jsonl", pairs, fields)
+        write_lines(args.out / "task" / "human.jsonl", human, fields)
+        write_lines(args.out / "task" / "test_human.jsonl", test_human, fields)
     threads = max(1, (os.cpu_count() or 1) // args.jobs)
     run_all(args.jobs, [(train_all, args, settings, seed, threads) for seed in args.seeds])
     print_table(args.out)

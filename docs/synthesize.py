@@ -35,13 +35,17 @@ SHAPE = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4}  
 SETTINGS = {"sft_steps": 1500, "sft_lr": 1.5e-3, "rl_steps": 100, "lr": 2e-4, "eval_every": 0}
 
 
+def is_part(title):
+    """Whether it is "case for ..." or the like."""
+    return title.lower().split(" for ")[0] in PARTS
+
+
 @cache
 def kind_of(title):
     """What a title offers; its first sentence counts before the rest. None: not in the table."""
     title = title.lower()
-    part = title.split(" for ")[0]
-    if part in PARTS:
-        return part
+    if is_part(title):
+        return title.split(" for ")[0]
     texts = (title.split(". ")[0], title)
     found = (kind for text in texts for kind in KINDS if re.search(KINDS[kind]["title"], text))
     return next(found, None)
@@ -49,9 +53,8 @@ def kind_of(title):
 
 def offered(title, kind):
     """What a title offers to who asks for a kind, or for a name that the table does not have."""
-    words = title.lower().split()
-    is_part = " ".join(words).split(" for ")[0] in PARTS
-    return kind if kind not in KINDS and kind in words and not is_part else kind_of(title)
+    is_named = kind not in KINDS and kind in title.lower().split() and not is_part(title)
+    return kind if is_named else kind_of(title)
 
 
 def values_of(title, rule):

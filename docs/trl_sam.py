@@ -37,12 +37,7 @@ class StepwiseCredit:
         task = self.renderer.task
         K = len(task.boxes)
         trace = self.renderer.parse(ids)
-        if self.rule != "symmetric":
-            right = grm.step_verdicts(trace, [example["label"]] * K)
-        elif self.step_targets == "labels":
-            right = grm.step_verdicts(trace, example["step_labels"])
-        else:
-            right = grm.step_changes(trace, example["step_labels"], task)
+        right = grm.right_steps(trace, example, task, self.rule, self.step_targets)
         return [step.end for step in trace.steps] or [0] * K, right or [False] * K
 
     def _generate_and_score_completions(self, inputs):
