@@ -32,12 +32,12 @@ from from_csv import write_lines
 import grm
 
 CREDITED = "symmetric, change"
-STUDENTS = {  # what it learns from: distill.py's settings
-    "the reinforced model": ["--pairs", "human.jsonl", "--labelled", 0],
-    "synthesised labels": ["--pairs", "train.jsonl", "--loss", "gold"],
-    "human labels": ["--pairs", "human.jsonl", "--loss", "gold"],
+STUDENTS = {  # what it learns from, two epochs of it: distill.py's settings
+    "the reinforced model": ["--pairs", "human.jsonl", "--labelled", 0, "--steps", 156],
+    "synthesised labels": ["--pairs", "train.jsonl", "--loss", "gold", "--steps", 666],
+    "human labels": ["--pairs", "human.jsonl", "--loss", "gold", "--steps", 156],
 }
-STUDENT = ["--steps", 156, "--batch", 32, "--lr", 5e-5, "--max_length", 128]  # as docs/real.py's
+STUDENT = ["--batch", 32, "--lr", 5e-5, "--max_length", 128]  # as docs/real.py's
 COLUMNS = {
     "unseen titles": ("test_titles", "accuracy"),
     "human: accuracy": ("test_human", "accuracy"),

@@ -5,10 +5,9 @@
 TITLES.jsonl: lines with "document", a title. AFRL (arXiv 2602.10006) names the synthesis of data
 from criteria; its procedure is not public, and this one is ours. docs/synthesize.yaml (of
 electronics: write your own) says which kinds of things there are, how people ask for them, and what
-each rule costs. A query is made from a title: its kind, or another word, and some of what else it
-says. Its documents are that title, as it is and with minimal edits, and titles of the same and of
-other kinds. The demonstrations are of an annotator who states the facts and overlooks each rule
-half of the time; they, RL's pairs and the test have different titles.
+each rule costs. A query is made from a title; its documents are that title, as it is and with
+minimal edits, and titles of the same and of other kinds. The demonstrations are of an annotator who
+states the facts and overlooks each rule half of the time. No title is in two of the three files.
 """
 
 import json
@@ -31,21 +30,14 @@ import parallel
 TABLE = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text())
 KINDS, PARTS, RULES = TABLE["kinds"], TABLE["parts"], TABLE["rules"]
 ASKED = {word for kind in KINDS.values() for name in kind["asked"] for word in name.split()}
-SHAPE = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4}  # 2.3 M parameters
-SETTINGS = {"sft_steps": 1500, "sft_lr": 1.5e-3, "rl_steps": 100, "lr": 2e-4, "eval_every": 0}
-
-
-def is_part(title):
-    """Whether it is "case for ..." or the like."""
-    return title.lower().split(" for ")[0] in PARTS
 
 
 @cache
 def kind_of(title):
     """What a title offers; its first sentence counts before the rest. None: not in the table."""
     title = title.lower()
-    if is_part(title):
-        return title.split(" for ")[0]
+    if (part := title.split(" for ")[0]) in PARTS:
+        return part
     texts = (title.split(". ")[0], title)
     found = (kind for text in texts for kind in KINDS if re.search(KINDS[kind]["title"], text))
     return next(found, None)
@@ -53,32 +45,39 @@ def kind_of(title):
 
 def offered(title, kind):
     """What a title offers to who asks for a kind, or for a name that the table does not have."""
-    is_named = kind not in KINDS and kind in title.lower().split() and not is_part(title)
-    return kind if is_named else kind_of(title)
+    title = title.lower()
+    is_part = title.split(" for ")[0] in PARTS
+    is_named = kind not in KINDS and kind in title.split()
+    return kind if is_named and not is_part else kind_of(title)
 
 
-def values_of(title, rule):
-    """What a title says of a rule, in lower case."""
-    return re.findall(RULES[rule]["pattern"], title.lower())
+def values_of(title):
+    """{rule: what a title says of it, in lower case}, of the rules on which it is not silent."""
+    found = {rule: re.findall(RULES[rule]["pattern"], title.lower()) for rule in RULES}
+    return {rule: values for rule, values in found.items() if values}
 
 
-def judge(asked, title, heeds=lambda rule: True):
-    """Steps, (text, grade so far), of a title for what is asked, {"kind": kind, rule: value}."""
+def judge(asked, title, annotator=None):
+    """Steps, (text, grade so far), of a title for what is asked, {"kind": kind, rule: value}.
+
+    annotator: a random generator, that of one who overlooks each rule half of the time.
+    """
     thing = offered(title, asked["kind"])
     is_same = thing == asked["kind"]
-    grade = 3 if is_same or not heeds("kind") else 0
+    overlooked = not is_same and annotator and annotator.random() >= 0.5
+    grade = 3 if is_same or overlooked else 0
     steps = [(f"kind: {asked['kind']}, {thing}, {'same' if is_same else 'another'}", grade)]
     for rule in RULES:
         text = "any"
         if value := asked.get(rule):
-            said = values_of(title, rule)
+            said = values_of(title).get(rule, [])
             if rule == "size":  # centimetres do not contradict gigabytes
-                units = [re.sub(r"[\d. ]", "", x) for x in (value, *said)]
-                said = [x for x, unit in zip(said, units[1:], strict=True) if unit == units[0]]
+                unit = value.lstrip("0123456789. ")
+                said = [x for x in said if x.lstrip("0123456789. ") == unit]
             found = value if value in said else [*said, "none"][0]
             fact = {value: "same", "none": "silent"}.get(found, "other")
             text = f"{value}, {found}, {fact}"
-            if fact == "other" and heeds(rule):
+            if fact == "other" and not (annotator and annotator.random() >= 0.5):
                 grade = max(0, grade + RULES[rule]["effect"])
         steps.append((f"{rule}: {text}", grade))
     return steps
@@ -95,22 +94,23 @@ def edit(title, rule, value, rng):
 
 
 def ask(title, rng):
-    """(what is asked, the query) of a title: its kind, and up to three things that it says."""
-    said = {rule: values[0] for rule in RULES if (values := values_of(title, rule))}
+    """(what is asked, the query) of a title: its kind or a name, and up to three of its values."""
+    said = {rule: values[0] for rule, values in values_of(title).items()}
     rules = rng.sample([*said], min(len(said), rng.choice((0, 0, 1, 1, 2, 2, 3))))
+    said = {rule: value for rule, value in said.items() if rule in rules}
     kind = kind_of(title)
     name = rng.choice(KINDS[kind]["asked"])
-    values = [said[rule] for rule in RULES if rule in rules]
     others = re.findall(r"(?<!\S)[a-z]{4,}(?!\S)", title.lower())
-    if rng.random() < 0.25 and (names := sorted({*others} - {*values, "with", *ASKED})):
+    if rng.random() < 0.25 and (names := sorted({*others} - {*said.values(), "with", *ASKED})):
         kind = name = rng.choice(names)
-    values.insert(rng.randint(0, len(values)), name)
-    asked = {"kind": kind} | {rule: said[rule] for rule in RULES if rule in rules}
-    return asked, " ".join(values)
+    words = [*said.values()]
+    words.insert(rng.randint(0, len(words)), name)
+    return {"kind": kind} | said, " ".join(words)
 
 
 def documents(asked, query, title, titles, rng):
     """(what was done, title) of the documents of a query that was made from a title."""
+    kind = asked["kind"]
     yield "none", title
     yield "part for it", f"{rng.choice(PARTS).capitalize()} for {title}"
     edited = title
@@ -119,11 +119,12 @@ def documents(asked, query, title, titles, rng):
         edited = edit(edited, rule, asked[rule], rng)
     if len(asked) > 2:
         yield "all that is asked", edited
-    rest = [(rule, value) for rule in RULES for value in values_of(title, rule)[:1]]
-    rest = [(rule, value) for rule, value in rest if rule not in asked and value != asked["kind"]]
-    for rule, value in rng.sample(rest, min(1, len(rest))):
+    rest = [(rule, said[0]) for rule, said in values_of(title).items() if rule not in asked]
+    rest = [(rule, value) for rule, value in rest if value != kind]
+    if rest:
+        rule, value = rng.sample(rest, 1)[0]
         yield f"{rule}, not asked", edit(title, rule, value, rng)
-    same = [other for other in titles if offered(other, asked["kind"]) == asked["kind"]]
+    same = [other for other in titles if offered(other, kind) == kind]
     others = sorted({*titles} - {*same})
     alike = [other for other in others if set(query.split()) & set(other.lower().split())]
     yield "same kind", rng.choice(same)
@@ -134,25 +135,25 @@ def documents(asked, query, title, titles, rng):
 
 def make_pairs(titles, queries, rng):
     """Pairs of so many queries, with exact labels and the annotator's response."""
-    records = []
+    pairs = []
     for number in range(queries):
         title = titles[number % len(titles)]
         asked, query = ask(title, rng)
         for done, document in documents(asked, query, title, titles, rng):
             grades = [str(grade) for _, grade in judge(asked, document)]
-            told = judge(asked, document, heeds=lambda rule: rng.random() < 0.5)
+            told = judge(asked, document, annotator=rng)
             response = " ".join(f"{text} \\boxed{{{grade}}}" for text, grade in told)
-            record = {"query": query, "document": document, "label": grades[-1], "done": done}
-            record |= {"step_labels": grades, "response": response, "query_id": str(number)}
-            records.append(record)
-    return records
+            pair = {"query": query, "document": document, "label": grades[-1], "done": done}
+            pair |= {"step_labels": grades, "response": response, "query_id": str(number)}
+            pairs.append(pair)
+    return pairs
 
 
 def main():
     """Write the task; print how many of RL's pairs have which grade, by what was done."""
     source, out = map(Path, sys.argv[1:])
-    documents = {json.loads(line)["document"] for line in grm.read_lines(source) if line.strip()}
-    titles = sorted(title for title in documents if kind_of(title))
+    known = {json.loads(line)["document"] for line in grm.read_lines(source) if line.strip()}
+    titles = sorted(title for title in known if kind_of(title) in KINDS)
     if len(titles) < 100:
         raise grm.TaskError(f"{source}: the table knows the kinds of {len(titles)} titles")
     out.mkdir(parents=True, exist_ok=True)
@@ -170,10 +171,11 @@ def main():
     write_lines(out / "train.jsonl", train, fields)
     write_lines(out / "test_titles.jsonl", test, fields)
     tokenizer = fresh.make_tokenizer(task, sft)
-    fresh.write(out, tokenizer, fresh.fit_settings(task, tokenizer, sft) | SETTINGS, **SHAPE)
+    settings = fresh.fit_settings(task, tokenizer, sft) | TABLE["settings"]
+    fresh.write(out, tokenizer, settings, **TABLE["model"])
     counts = Counter((pair["done"], pair["label"]) for pair in train)
     kinds = len({kind_of(title) for title in titles})
-    print(f"{len(titles)} of {len(documents)} titles, of {kinds} kinds; RL's pairs, by grade:")
+    print(f"{len(titles)} of {len(known)} titles, of {kinds} kinds; RL's pairs, by grade:")
     print(" " * 24 + "".join(f"{label:>7}" for label in task.labels))
     for done in sorted({pair["done"] for pair in train}):
         print(f"{done:24}" + "".join(f"{counts[done, label]:7}" for label in task.labels))
