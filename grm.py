@@ -875,10 +875,10 @@ def load_judge(folder, task=None, max_new_tokens=None):
     """
     import rollout
 
-    task = Task.load(task or folder)
-    task.check_model(folder)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, tokenizer = load_model(folder, torch.bfloat16 if device == "cuda" else torch.float32)
+    task = Task.load(task or folder)
+    task.check_model(folder)
     trained = model.generation_config
     max_new_tokens = max_new_tokens or trained.max_new_tokens or 128
     context = model.config.get_text_config().max_position_embeddings

@@ -21,6 +21,7 @@ sys.path.extend(map(str, Path(__file__).resolve().parents[:2]))
 import overlap
 
 import grm
+import parallel
 import rollout
 import train
 
@@ -198,12 +199,9 @@ def main():
     args = parser.parse_args()
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
-    errors = (grm.TaskError, rollout.UnsupportedModelError, rollout.BudgetError, OSError)
-    try:
-        check(args.task, args.model)
-    except errors as error:
-        sys.exit(str(error))
+    check(args.task, args.model)
 
 
 if __name__ == "__main__":
-    main()
+    errors = (grm.TaskError, rollout.UnsupportedModelError, rollout.BudgetError)
+    parallel.launch(main, errors)

@@ -39,6 +39,7 @@ import from_csv
 import overlap
 
 import grm
+import parallel
 
 LABELS = ["0", "1", "2", "3"]  # from worst to best
 RELEVANT = ["2", "3"]
@@ -270,18 +271,15 @@ def main():
     measure.add_argument("--task", type=Path, default=folder, help=f"(default: {folder})")
     measure.add_argument("--encoder", help="an encoder's folder or hub name, for its cosine")
     args = parser.parse_args()
-    try:
-        if args.command == "make":
-            make(args.source, args.out, args.model, "reason" if args.reason else "label")
-        else:
-            task = grm.Task.load(args.task)
-            results = baselines(task, args.encoder)
-            grm.print_table({name: {"test": values} for name, values in results.items()})
-            new, queries = count_new_queries(task)
-            print(f"{new} of {queries} test queries have a word that no training query has")
-    except grm.TaskError as error:
-        sys.exit(f"{error}")
+    if args.command == "make":
+        make(args.source, args.out, args.model, "reason" if args.reason else "label")
+    else:
+        task = grm.Task.load(args.task)
+        results = baselines(task, args.encoder)
+        grm.print_table({name: {"test": values} for name, values in results.items()})
+        new, queries = count_new_queries(task)
+        print(f"{new} of {queries} test queries have a word that no training query has")
 
 
 if __name__ == "__main__":
-    main()
+    parallel.launch(main, errors=(grm.TaskError,))

@@ -33,6 +33,7 @@ import check
 import fresh
 
 import grm
+import parallel
 
 STEPS = ["match", "verdict"]
 BODY = """You grade how well a document answers a query. (FILL IN: what these are, who searches and what for)
@@ -237,11 +238,8 @@ def main():
         "--fresh", action="store_true", help="with a model that starts from nothing"
     )
     parser.add_argument("--out", type=Path, required=True, metavar="TASK", help="folder to write")
-    try:
-        convert(parser.parse_args())
-    except (grm.TaskError, OSError) as error:
-        sys.exit(str(error))
+    convert(parser.parse_args())
 
 
 if __name__ == "__main__":
-    main()
+    parallel.launch(main, errors=(grm.TaskError,))

@@ -89,10 +89,10 @@ def test_chorus(source, tmp_path, monkeypatch, flags):
 
 def test_chorus_refuses(source, tmp_path, monkeypatch):
     """The data written over, or a test query that is trained on."""
-    with pytest.raises(SystemExit, match="would be overwritten"):
+    with pytest.raises(grm.TaskError, match="would be overwritten"):
         chorus(monkeypatch, "make", source, "--out", source)
     shutil.copy(source / "train.jsonl", source / "test.jsonl")
-    with pytest.raises(SystemExit, match=r"is in train\.jsonl too"):
+    with pytest.raises(grm.TaskError, match=r"is in train\.jsonl too"):
         chorus(monkeypatch, "make", source, "--out", tmp_path / "out")
 
 
@@ -189,7 +189,7 @@ def test_csv_labels_that_are_words(tmp_path, monkeypatch, capsys):
         ("--labels", "nein", "ja"): "--labels lacks 'teilweise'",
         ("--labels", *words, "--relevant", "gut"): "relevant must be the last of labels",
     }.items():
-        with pytest.raises(SystemExit, match=message):
+        with pytest.raises(grm.TaskError, match=message):
             from_csv(monkeypatch, path, *COLUMNS, *flags, "--out", tmp_path / "task")
         assert not (tmp_path / "task").exists()
     from_csv(monkeypatch, path, *COLUMNS, "--labels", *words, "--out", tmp_path / "task")
@@ -217,7 +217,7 @@ def test_csv_labels_that_are_words(tmp_path, monkeypatch, capsys):
 def test_csv_refuses(tmp_path, monkeypatch, data, message):
     """A traceback, or a folder with half of the table."""
     (tmp_path / "x.csv").write_bytes(data)
-    with pytest.raises(SystemExit) as caught:
+    with pytest.raises(grm.TaskError) as caught:
         from_csv(monkeypatch, tmp_path / "x.csv", *COLUMNS, "--out", tmp_path / "task")
     assert str(caught.value).startswith(f"{tmp_path / 'x.csv'}") and message in str(caught.value)
     assert "\n" not in str(caught.value) and not (tmp_path / "task").exists()
@@ -231,7 +231,7 @@ def test_csv_fresh(tmp_path, monkeypatch):
     from_csv(monkeypatch, *flags)
     (tmp_path / "task" / "criteria.md").open("a").write("Be strict.\n")
     before = {file: file.read_bytes() for file in (tmp_path / "task").rglob("*.*")}
-    with pytest.raises(SystemExit, match="holds files; delete it or choose another name"):
+    with pytest.raises(grm.TaskError, match="holds files; delete it or choose another name"):
         from_csv(monkeypatch, *flags)
     assert before == {file: file.read_bytes() for file in (tmp_path / "task").rglob("*.*")}
     config = grm.parse_settings(train.Config, "train.json", ["--task", str(tmp_path / "task")])
@@ -249,7 +249,7 @@ def test_csv_fresh(tmp_path, monkeypatch):
         trace = renderer.parse(record["answer_ids"])
         assert f"has {share} of the words" in record["response"] and trace.label == label
         assert (trace.steps[0].label == "2") == (share == "all")
-    with pytest.raises(SystemExit, match=r"first tokens coincide.*rename labels in .*y\.csv"):
+    with pytest.raises(grm.TaskError, match=r"first tokens coincide.*rename labels in .*y\.csv"):
         rows = [[*row[:3], ("sehr gut", "sehr schlecht")[i % 2]] for i, row in enumerate(TABLE[1:])]
         flags[0], flags[-1] = write_table(tmp_path / "y.csv", [TABLE[0], *rows]), tmp_path / "y"
         from_csv(monkeypatch, *flags, "--labels", "sehr schlecht", "sehr gut")
@@ -322,15 +322,15 @@ def test_check(tmp_path, capsys):
         check(test_b=[pair("zebra", "quagga lima", "0", "0", "0")])
 
 
-def test_check_is_a_command_of_grm(tmp_path, monkeypatch):
+def test_check_is_a_command_of_grm(tmp_path):
     """A traceback; an exit code of 0 for what train.py refuses; a model asked for where none is."""
     for name in ("criteria.md", "train.jsonl"):
         shutil.copy(NOTES / name, tmp_path)
-    monkeypatch.setattr(sys, "argv", ["check.py", str(tmp_path)])
-    with pytest.raises(SystemExit, match=r"holds no test\*\.jsonl to evaluate on"):
-        load("check").main()
+    command = [sys.executable, ROOT / "grm.py", "check", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr == f"{tmp_path}: holds no test*.jsonl to evaluate on\n"
     shutil.copy(NOTES / "test_random.jsonl", tmp_path)
-    done = subprocess.run([sys.executable, ROOT / "grm.py", "check", tmp_path], capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and "no model, so no tokens" in done.stdout and not done.stderr
     assert "overlap  test_random           0.448" in done.stdout
 
@@ -382,7 +382,7 @@ def test_baselines(source, tmp_path, monkeypatch, capsys):
     chorus(monkeypatch, "baselines", "--task", tmp_path / "task", "--encoder", folder)
     rows = [line.split()[0] for line in capsys.readouterr().out.splitlines()[2:6]]
     assert rows == ["majority", "overlap", "always", "cosine"]
-    with pytest.raises(SystemExit, match="nowhere: cannot be loaded"):
+    with pytest.raises(grm.TaskError, match="nowhere: cannot be loaded"):
         chorus(monkeypatch, "baselines", "--task", tmp_path / "task", "--encoder", "/nowhere")
 
 
