@@ -291,7 +291,8 @@ def parse_settings(config_class, file_name, argv=None):
         if isinstance(value, str) and not isinstance(getattr(config_class, name), str):
             raise TaskError(f"{path}: {name} must be without quotes, not {value!r}")
     flags = [f"--{name}={value}" for name, value in values.items()]
-    in_file = HfArgumentParser(config_class, prog=path, allow_abbrev=False).parse_args(flags)
+    usage = "{setting: value, ...}"  # instead of every flag
+    in_file = HfArgumentParser(config_class, prog=path, usage=usage).parse_args(flags)
     given = parser.parse_args(argv, argparse.Namespace(**vars(in_file)))
     sources = {path: [], "the command line": []}
     for name, value in vars(given).items():
@@ -713,7 +714,7 @@ def load_model(source, dtype=torch.float32, seed=None, meta=False, labels=None):
     receive the weights. Raises TaskError for what cannot be loaded whole.
     """
     if not Path(source).is_dir() and not is_hub_name(str(source)):
-        raise TaskError(f"{source}: there is no such folder")
+        raise TaskError(f"{source}: there is no such model; train.py writes one, or use --model")
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
@@ -744,7 +745,8 @@ def load_model(source, dtype=torch.float32, seed=None, meta=False, labels=None):
         body = f"{model.base_model_prefix}."
         differing = [x for x in differing if x.startswith(body) and "pooler" not in x]
     if differing:
-        raise TaskError(f"{source}: tensors are missing or left over: {differing[:5]}")
+        what = "tensors are missing or left over, or it is of another kind"
+        raise TaskError(f"{source}: {what}: {differing[:5]}")
     kept = {name: getattr(generation, name) for name in ("eos_token_id", "max_new_tokens")}
     model.generation_config = GenerationConfig(**kept)  # no temperature, top-k, ...
     return model.eval(), tokenizer

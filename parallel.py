@@ -83,7 +83,7 @@ def launch(main, errors=()):
     except Stopped as stopped:
         print0(stopped)
     except KeyboardInterrupt:
-        sys.exit("stopped; the same command goes on from what is saved")
+        sys.exit("stopped; the same command goes on from what is saved, if anything is")
     except (Exception, dcp.CheckpointException) as error:  # the latter is no Exception
         if not is_rank_0():
             time.sleep(5)  # rank 0 speaks first: torchrun ends the others as soon as one has left
@@ -317,7 +317,7 @@ class Run:
         former = json.loads(path.read_text()) if path.exists() else settings
         for name in settings.keys() - set(free):
             if former.get(name) != settings[name]:
-                what = f"holds a run with --{name} {former.get(name)}"
+                what = f"holds a run with --{name} {former.get(name, '(none: of another program)')}"
                 raise RunError(f"--out {self.out}: {what}; choose another folder")
         write_json(path, settings)
         return (self.out / "summary.json").exists()  # which is written last

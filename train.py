@@ -389,7 +389,8 @@ def chances(engine, renderer, pairs, config, ranks):
     shares = ", ".join(f"{name} {value:.2f}" for name, value in before.items())
     parallel.print0(f"before RL, {len(judged)} pairs: {shares}")
     if before["malformed"] > 0.5:
-        parallel.print0(f"warning: most answers are malformed: {problems.most_common(2)}")
+        reasons = ", ".join(f"{count} {problem}" for problem, count in problems.most_common(2))
+        parallel.print0(f"warning: of {rewards_PG.numel()} answers most are malformed: {reasons}")
         parallel.print0("  more --sft_steps, a higher --sft_lr, longer --max_new_tokens may help")
     elif before["frac_zero_std"] > 0.95:
         parallel.print0("warning: nearly no group has right and wrong answers: there is no signal")

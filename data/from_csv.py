@@ -49,6 +49,8 @@ def decode(path):
     data = path.read_bytes()
     if data.startswith(b"PK\x03\x04"):
         raise grm.TaskError(f"{path}: is a workbook (.xlsx); save it as CSV UTF-8 from there")
+    if data.startswith(b"{"):
+        raise grm.TaskError(f"{path}: seems to be JSON Lines, which a task takes as they are")
     encodings = {"utf-8-sig": "UTF-8", "cp1252": "Windows-1252 (it is no UTF-8)"}
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
         encodings = {"utf-16": "UTF-16"}
@@ -192,6 +194,8 @@ def convert(args):
     train, test = records, given
     if not given:
         train, test = split(args.file, records, args.test_share, args.seed)
+    for label in sorted({record["label"] for record in test}.difference(r["label"] for r in train)):
+        print(f"warning: no pair to train on has the label {label}")
     if args.fresh:
         demonstrations = fresh.demonstrate(task, train)
         tokenizer = fresh.make_tokenizer(task, demonstrations)

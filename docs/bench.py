@@ -340,6 +340,7 @@ def parse_args():
     """The command line."""
     parser = argparse.ArgumentParser(
         prog="rollout.py",
+        usage="rollout.py (--bench ... | --check MODEL ...) [-h]",
         description=f"{main.__doc__} (`rollout.py --check MODEL` has a --help of its own.)",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )

@@ -195,7 +195,7 @@ def main():
             agrees, what = verdict(load(source), args.max_position)
             word = "agrees" if agrees else "refused"
         except Exception as error:  # whatever a broken or foreign file makes the libraries raise
-            agrees, word, what = False, "cannot be loaded", " ".join(str(error).split())
+            agrees, word, what = False, "cannot be loaded", " ".join(str(error).split())[:300]
         print(f"{source}: {word}: {what}")
         failed |= not agrees
     sys.exit(failed)

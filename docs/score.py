@@ -42,6 +42,7 @@ def score_file(args):
     settings = Path(f"{out}.partial.json")
     if out.exists():
         raise grm.TaskError(f"--out {out}: exists; delete it or choose another name")
+    out.parent.mkdir(parents=True, exist_ok=True)
     renderer, engine = grm.load_judge(args.model, args.task, args.max_new_tokens)
     records = renderer.task.read(args.pairs, required=())
     check_records(renderer, engine, records)

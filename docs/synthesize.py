@@ -27,7 +27,8 @@ from from_csv import write_lines
 import grm
 import parallel
 
-TABLE = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text())
+FILE = Path(__file__).with_suffix(".yaml")
+TABLE = yaml.safe_load(FILE.read_text(encoding="utf-8"))
 KINDS, PARTS, RULES = TABLE["kinds"], TABLE["parts"], TABLE["rules"]
 ASKED = {word for kind in KINDS.values() for name in kind["asked"] for word in name.split()}
 
@@ -133,8 +134,8 @@ def documents(asked, query, title, titles, rng):
         yield "another kind, same words", rng.choice(alike or others)
 
 
-def make_pairs(titles, queries, rng):
-    """Pairs of so many queries, with exact labels and the annotator's response."""
+def make_pairs(file, titles, queries, rng):
+    """A file's pairs: of so many queries, with exact labels and the annotator's response."""
     pairs = []
     for number in range(queries):
         title = titles[number % len(titles)]
@@ -144,28 +145,45 @@ def make_pairs(titles, queries, rng):
             told = judge(asked, document, annotator=rng)
             response = " ".join(f"{text} \\boxed{{{grade}}}" for text, grade in told)
             pair = {"query": query, "document": document, "label": grades[-1], "done": done}
-            pair |= {"step_labels": grades, "response": response, "query_id": str(number)}
+            pair |= {"step_labels": grades, "response": response, "query_id": f"{file} {number}"}
             pairs.append(pair)
     return pairs
+
+
+def read_titles(source):
+    """The titles of a file, sorted, whose kinds the table has. Raises grm.TaskError."""
+    found = set()
+    for number, line in enumerate(grm.read_lines(source), 1):
+        try:
+            if line.strip():
+                found.add(json.loads(line)["document"] + "")  # which raises for what is no text
+        except (ValueError, LookupError, TypeError):
+            what = 'is no line such as {"document": "a title"}'
+            raise grm.TaskError(f"{source}:{number}: {what}") from None
+    titles = sorted(title for title in found if kind_of(title) in KINDS)
+    kinds = len({kind_of(title) for title in titles})
+    print(f"{source}: {len(titles)} of {len(found)} titles are of {kinds} kinds that {FILE} has")
+    if len(titles) < 100 or kinds < 2:
+        raise grm.TaskError(f"100 titles and two kinds are needed; tell {FILE} of your shop's")
+    return titles
 
 
 def main():
     """Write the task; print how many of RL's pairs have which grade, by what was done."""
     source, out = map(Path, sys.argv[1:])
-    known = {json.loads(line)["document"] for line in grm.read_lines(source) if line.strip()}
-    titles = sorted(title for title in known if kind_of(title) in KINDS)
-    if len(titles) < 100:
-        raise grm.TaskError(f"{source}: the table knows the kinds of {len(titles)} titles")
+    if out.exists() and any(out.iterdir()):
+        raise grm.TaskError(f"{out}: holds files; delete it or choose another name")
+    titles = read_titles(source)
+    rng = random.Random(0)
+    rng.shuffle(titles)
+    fifth = len(titles) // 5
+    sft = make_pairs("sft", titles[: 2 * fifth], 3000, rng)  # fewer: it makes facts up
+    train = make_pairs("train", titles[3 * fifth :], 1200, rng)
+    test = make_pairs("test", titles[2 * fifth : 3 * fifth], 60, rng)
     out.mkdir(parents=True, exist_ok=True)
     names = (TABLE["labels"], TABLE["relevant"], ["kind", *RULES])
     task = grm.Task(out, TABLE["criteria"].strip(), *names, "reason-first")
     task.save(out)
-    rng = random.Random(0)
-    rng.shuffle(titles)
-    fifth = len(titles) // 5
-    sft = make_pairs(titles[: 2 * fifth], 3000, rng)  # fewer: facts are made up, not copied
-    train = make_pairs(titles[3 * fifth :], 1200, rng)
-    test = make_pairs(titles[2 * fifth : 3 * fifth], 60, rng)
     fields = ("query", "document", "label", "step_labels", "query_id", "done")
     write_lines(out / "sft.jsonl", sft, ("query", "document", "response"))
     write_lines(out / "train.jsonl", train, fields)
@@ -174,8 +192,7 @@ def main():
     settings = fresh.fit_settings(task, tokenizer, sft) | TABLE["settings"]
     fresh.write(out, tokenizer, settings, **TABLE["model"])
     counts = Counter((pair["done"], pair["label"]) for pair in train)
-    kinds = len({kind_of(title) for title in titles})
-    print(f"{len(titles)} of {len(known)} titles, of {kinds} kinds; RL's pairs, by grade:")
+    print(f"{out}: RL's pairs by what was edited, and grade; next: train.py --task {out}")
     print(" " * 24 + "".join(f"{label:>7}" for label in task.labels))
     for done in sorted({pair["done"] for pair in train}):
         print(f"{done:24}" + "".join(f"{counts[done, label]:7}" for label in task.labels))

@@ -450,6 +450,8 @@ def test_synthesized_labels_are_exact(source, tmp_path, monkeypatch, capsys):
     assert make.judge({"kind": "laptop"}, TITLES[5][0], annotator)[0][1] == 3
     monkeypatch.setattr(sys, "argv", ["synthesize.py", str(source / "train.jsonl"), str(tmp_path / "out")])
     make.main()
+    with pytest.raises(grm.TaskError, match="out: holds files; delete it or choose another name"):
+        make.main()
     task = grm.Task.load(tmp_path / "out")
     files = {name: lines(tmp_path / "out" / f"{name}.jsonl") for name in ("sft", "train", "test_titles")}
     of_rule = {rule: 1 + k for k, rule in enumerate(make.RULES)}
@@ -471,6 +473,25 @@ def test_synthesized_labels_are_exact(source, tmp_path, monkeypatch, capsys):
     asked_for = [p for p, labels in zip(files["sft"], told, strict=True) if ", other" in p["response"] and labels[-1] == "3"]
     assert 0.2 < len(asked_for) / sum(", other" in p["response"] for p in files["sft"]) < 0.8
     assert "part for it" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("titles", "message"),
+    [
+        ('{"document": "HP notebook"}\n{"title": "HP mouse"}\n', '^x:2: is no line such as {"document": "a title"}$'),
+        ('{"document": "HP notebook"}\n\n{"document": 5}\n', "^x:3: is no line such as"),
+        ('{"document": "HP notebook"', "^x:1: is no line such as"),
+        ("".join(f'{{"document": "HP notebook {i}"}}\n' for i in range(120)), "^100 titles and two kinds are needed"),
+    ],
+)
+def test_titles_that_no_task_can_be_made_of(tmp_path, monkeypatch, titles, message):
+    """A traceback that names no line; a task whose documents are all of one kind; a folder with half of it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x").write_text(titles)
+    monkeypatch.setattr(sys, "argv", ["synthesize.py", "x", "out"])
+    with pytest.raises(grm.TaskError, match=message):
+        load("synthesize", "docs").main()
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_table_of_synthesised_pairs(tmp_path, monkeypatch, capsys):
