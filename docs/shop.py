@@ -1,8 +1,9 @@
-"""Real titles, human labels: a small model from nothing, reinforced on synthesised pairs.
+"""Real titles, human labels: a model reinforced on synthesised pairs, and its students.
 
     python docs/shop.py PATH_TO_CHORUS --out runs/shop --encoder models/minilm   # hours, two cores
-    python docs/shop.py PATH_TO_CHORUS --out runs/smollm2 --seeds 0 --model models/smollm2 \\
-        --sft_steps 200 --sft_lr 1e-4 --rl_steps 40 --lr 1e-5 --max_new_tokens 96     # on a GPU
+    python docs/shop.py PATH_TO_CHORUS --out runs/smollm2 --seeds 0 --jobs 1 --model models/smollm2 \\
+        --sft_steps 60 --sft_lr 1e-4 --rl_steps 24 --prompts_per_step 16 --lr 1e-5 \\
+        --max_new_tokens 96 --encoder models/minilm    # two hours on two cores with AVX512_BF16
     python docs/shop.py PATH_TO_CHORUS --out runs/shop --seeds      # only the tables
 
 docs/synthesize.py makes the task: queries, edited titles and exact step labels from real product
@@ -38,6 +39,7 @@ STUDENTS = {  # what it learns from, two epochs of it: distill.py's settings
     "human labels": ["--pairs", "human.jsonl", "--loss", "gold", "--steps", 156],
 }
 STUDENT = ["--batch", 32, "--lr", 5e-5, "--max_length", 128]  # as docs/real.py's
+STUDENT += ["--max_new_tokens", 96]  # the teacher's
 COLUMNS = {
     "unseen titles": ("test_titles", "accuracy"),
     "human: accuracy": ("test_human", "accuracy"),
