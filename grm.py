@@ -91,9 +91,7 @@ class Task:
             what = "--task names a folder that has it, --model one that train.py wrote"
             raise TaskError(f"{path}: {error.strerror}; {what}") from None
         except (TypeError, ValueError, RecursionError, yaml.YAMLError) as error:
-            what = (
-                "must begin with labels, relevant, steps and format, YAML between two lines of ---"
-            )
+            what = "must begin with labels, relevant, steps and format, YAML between lines of ---"
             raise TaskError(f"{path}: {what}: {' '.join(str(error).split())}") from None
         task = cls(folder=Path(folder), criteria=parts[2].strip(), **head)
         if problem := task._problem():
@@ -113,10 +111,8 @@ class Task:
             return "labels needs two or more values"
         best = self.labels[len(self.labels) - len(self.relevant) :]
         if not self.relevant or set(self.relevant) != set(best):
-            return (
-                "relevant must be the last of labels, which go from worst to best, "
-                f"not {self.relevant}"
-            )
+            what = "relevant must be the last of labels, which go from worst to best"
+            return f"{what}, not {self.relevant}"
         if self.format not in FORMATS:
             return f"format must be one of {', '.join(FORMATS)}, not {self.format!r}"
         if self.format == "reason-first" and not self.steps:
