@@ -678,13 +678,13 @@ def print_table(results, extra=()):
         ("malformed", "malformed", ".3f"),
         *extra,
     ]
-    print(f"\n{'':9}{'test set':<16}" + "".join(f"{title:>11}" for title, _, _ in columns))
+    print(f"\n{'':9}{'test set':<16}" + "".join(f" {title:>10}" for title, _, _ in columns))
     for who, tests in results.items():
         for name, values in tests.items():
             cells = [
                 format(values[key], spec) if key in values else "-" for _, key, spec in columns
             ]
-            print(f"{who:<9}{name:<16}" + "".join(f"{cell:>11}" for cell in cells))
+            print(f"{who:<9}{name:<16}" + "".join(f" {cell:>10}" for cell in cells))
 
 
 # Models -------------------------------------------------------------------------------------------
