@@ -3,7 +3,7 @@
     python docs/shop.py PATH_TO_CHORUS --out runs/shop --encoder models/minilm   # hours, two cores
     python docs/shop.py PATH_TO_CHORUS --out runs/smollm2 --seeds 0 --jobs 1 \\
         --encoder models/minilm --model models/smollm2 --sft_steps 60 --sft_lr 1e-4 --rl_steps 24 \\
-        --prompts_per_step 16 --lr 1e-5 --max_new_tokens 96      # two hours, with AVX512_BF16
+        --prompts_per_step 16 --lr 1e-5 --max_new_tokens 96      # some two hours with AVX512_BF16
     python docs/shop.py PATH_TO_CHORUS --out runs/shop --seeds      # only the tables
 
 docs/synthesize.py makes the task: queries, edited titles and exact step labels from real product

@@ -167,15 +167,19 @@ def test_csv_query_id(tmp_path, monkeypatch):
     assert splits[0] == splits[1] and any(split != splits[0] for split in splits)
 
 
-def test_csv_with_a_test_of_its_own(tmp_path, monkeypatch):
-    """Pairs of the test's file in train.jsonl, or the other way; its labels read as others than the first file's."""
+def test_csv_with_a_test_of_its_own(tmp_path, monkeypatch, capsys):
+    """Pairs of the test's file in train.jsonl, or the other way; its labels read as others than the first file's; a slip of the
+    test's that becomes a label without a word."""
     first = write_table(tmp_path / "a.csv", TABLE[:13])
     last = write_table(tmp_path / "b.csv", [TABLE[0], *TABLE[13:]], mark=";")
     from_csv(monkeypatch, first, *COLUMNS, "--test", last, "--out", tmp_path / "task")
     for name, rows in (("train", TABLE[1:13]), ("test", TABLE[13:])):
         read = [(r["query"], r["document"]) for r in lines(tmp_path / "task" / f"{name}.jsonl")]
         assert read == [(row[0].strip(), row[2]) for row in rows]
-    assert grm.Task.load(tmp_path / "task").labels == ["0", "1", "2"]
+    assert grm.Task.load(tmp_path / "task").labels == ["0", "1", "2"] and "warning" not in capsys.readouterr().out
+    last = write_table(tmp_path / "b.csv", [TABLE[0], *TABLE[13:], ["z", "9", "d", "7"]], mark=";")
+    from_csv(monkeypatch, first, *COLUMNS, "--test", last, "--out", tmp_path / "other")
+    assert "warning: no pair to train on has the label 7\n" in capsys.readouterr().out
 
 
 def test_csv_labels_that_are_words(tmp_path, monkeypatch, capsys):
@@ -209,6 +213,7 @@ def test_csv_labels_that_are_words(tmp_path, monkeypatch, capsys):
         (b"Anfrage;Antwort;Note\n;d;1\n", "no row has all of Anfrage, Antwort, Note"),
         (b"Anfrage;Antwort;Note\nq;d;1\nq;d;e;2\n", ":3: 4 cells for 3 columns; quote cells that hold ';'"),
         (b'Anfrage;Antwort;Note\nq;"d\n\n1";1\n"q;d;2\nq;d;1\n', ":5: unexpected end of data"),
+        (b'{"Anfrage": "q", "Antwort": "d", "Note": 1}\n', "seems to be JSON Lines"),
         (b"Anfrage;Antwort;Note\nq;d;1\nQ ;e;2\n", "needs two or more queries"),
         (b"Anfrage;Antwort;Note\nq;d;1\np;e;1\n", "labels needs two or more values"),
         (b"Anfrage;Antwort;Note\n" + b"".join(b"q;d;%d\n" % i for i in range(21)), "21 different labels"),

@@ -562,7 +562,7 @@ REFUSALS = {
     "output exists": (lambda task: shutil.copytree(task, task.parent / "out"), "", "--out .*other files"),
     "token loss of a classifier": (None, "--loss=forward", "a classifier has none"),
     "on-policy without samples": (None, "--on_policy", "the label loss has no samples"),
-    "no teacher": (None, "--teacher=runs/nothing/model", "^runs/nothing/model: there is no such model; train.py writes one"),
+    "no teacher": (None, "--teacher=runs/nothing/model", "^runs/nothing/model: there is no such model; .* use --model$"),
     "other ends": (other_ends, "--loss=js --student={task}/model", r"end with the ids \[1, 2\], .* \[2\]; use --loss label"),
     "student's words": (only_spelled, "--teacher={task}/speller", "task/student: .* does not know .*'bluse', 'hose'"),
     "teacher's words": (only_spelled, "--student={task}/speller", "/teacher: .* does not know .*'bluse', 'hose'"),
